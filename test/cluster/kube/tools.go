@@ -1,6 +1,6 @@
 //go:build tools
 
-package cluster
+package main
 
 // The programs that are built from their modules as they are.
 import (
