@@ -70,7 +70,12 @@ type NodeStatus struct {
 
 // An Event is a Kubernetes event about a pod or the node of a site.
 type Event struct {
-	Seq       uint64                 `json:"seq"`
+	Seq uint64 `json:"seq"`
+
+	// ID is the Seq of the first report of this event. A later report with the
+	// same ID is the same event again, with a higher Count.
+	ID uint64 `json:"id"`
+
 	Object    corev1.ObjectReference `json:"object"` // kind Pod or Node
 	Type      string                 `json:"type"`   // corev1.EventTypeNormal or EventTypeWarning
 	Reason    string                 `json:"reason"`

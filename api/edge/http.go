@@ -168,7 +168,7 @@ func Split(changes Changes, limit int) []Changes {
 		}
 		step.Upserts = append(step.Upserts, o)
 	}
-	step.Removals = changes.Removals
+	step.Removals, step.Complete = changes.Removals, changes.Complete
 	if !step.Empty() {
 		steps = append(steps, step)
 	}

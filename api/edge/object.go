@@ -88,10 +88,18 @@ type Held struct {
 type Changes struct {
 	Upserts  []Object `json:"upserts,omitempty"`
 	Removals []Key    `json:"removals,omitempty"`
+
+	// Complete says that with this step the site holds all that it should, as
+	// of the provider's synced caches. It ends the first difference of every
+	// session. Only after it may a site that has lost its store end pods which
+	// it finds running and does not know.
+	Complete bool `json:"complete,omitempty"`
 }
 
 // Empty reports whether there is nothing to do.
-func (c Changes) Empty() bool { return len(c.Upserts) == 0 && len(c.Removals) == 0 }
+func (c Changes) Empty() bool {
+	return len(c.Upserts) == 0 && len(c.Removals) == 0 && !c.Complete
+}
 
 // A Token is a service-account token bound to one pod.
 type Token struct {
