@@ -260,6 +260,12 @@ func (c *Cluster) Stop() {
 	close(c.starter.done)
 }
 
+// Run starts any program as part of the cluster: it ends when this process does,
+// and its output goes to Dir. Stop does not wait for it.
+func (c *Cluster) Run(name string, argv ...string) (*Process, error) {
+	return c.starter.run(name, c.Dir, argv...)
+}
+
 func (c *Cluster) kube(name string, args ...string) (*Process, error) {
 	return c.run(name, append([]string{filepath.Join(c.bin, "kube"), name}, args...)...)
 }

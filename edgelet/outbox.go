@@ -1,0 +1,304 @@
+package edgelet
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/skerry-io/skerry/api/edge"
+)
+
+// Limits of one report, and pace of reporting.
+const (
+	reportPods    = 64
+	reportEvents  = 128
+	reportTimeout = 30 * time.Second // one call; the provider answers sooner with what it has
+	reportRetry   = time.Second      // after an error, or for what was not acknowledged
+	eventDelay    = time.Second      // events wait this long for company, so that a burst is one write to flash
+	eventMemory   = 4096             // recent events that a repetition can be counted on
+)
+
+// statusTable keeps the latest status of each pod; package store implements it.
+type statusTable interface {
+	All() (map[string]edge.PodStatus, error)
+	Put(uid string, status edge.PodStatus) error
+	Delete(uid string) error
+}
+
+// eventQueue is a bounded durable queue; package store implements it. The
+// sequence numbers never repeat.
+type eventQueue interface {
+	PushAll(events []edge.Event) (first uint64, err error)
+	Peek(limit int) ([]queuedEvent, error)
+	Ack(seq uint64) error
+}
+
+type queuedEvent struct {
+	Seq   uint64
+	Event edge.Event
+}
+
+// An outbox holds what the cloud has to be told until it has confirmed that. It
+// is the pod engine's Sink. Safe for concurrent use.
+type outbox struct {
+	statuses statusTable
+	events   eventQueue
+	log      *slog.Logger
+	site     string
+	now      func() time.Time
+	wake     chan struct{} // holds a token when there may be something to report
+
+	mu       sync.Mutex // guards the following
+	pods     map[types.UID]edge.PodStatus
+	acked    map[types.UID]uint64 // sequence number that this session's provider has confirmed
+	node     *edge.NodeStatus
+	nodeSeq  uint64 // confirmed
+	pending  []edge.Event
+	recent   map[eventKey]edge.Event
+	queued   bool // the queue may hold events
+	flushing *time.Timer
+}
+
+type eventKey struct {
+	uid             types.UID
+	reason, message string
+}
+
+func newOutbox(statuses statusTable, events eventQueue, site string, log *slog.Logger) (*outbox, error) {
+	o := &outbox{
+		statuses: statuses, events: events, site: site, log: log, now: time.Now,
+		wake: make(chan struct{}, 1), pods: map[types.UID]edge.PodStatus{},
+		acked: map[types.UID]uint64{}, recent: map[eventKey]edge.Event{}, queued: true,
+	}
+	stored, err := statuses.All()
+	if err != nil {
+		return nil, fmt.Errorf("outbox: %w", err)
+	}
+	for _, status := range stored {
+		o.pods[status.UID] = status
+	}
+	return o, nil
+}
+
+func (o *outbox) signal() {
+	select {
+	case o.wake <- struct{}{}:
+	default:
+	}
+}
+
+// PodStatus implements the pod engine's Sink.
+func (o *outbox) PodStatus(status edge.PodStatus) error {
+	if err := o.statuses.Put(string(status.UID), status); err != nil {
+		return fmt.Errorf("status of %s/%s: %w", status.Namespace, status.Name, err)
+	}
+	o.mu.Lock()
+	if o.pods[status.UID].Seq <= status.Seq {
+		o.pods[status.UID] = status
+	}
+	o.mu.Unlock()
+	o.signal()
+	return nil
+}
+
+// PodForgotten implements the pod engine's Sink.
+func (o *outbox) PodForgotten(uid types.UID) {
+	if err := o.statuses.Delete(string(uid)); err != nil {
+		o.log.Error("status of a forgotten pod stays stored", "uid", uid, "err", err)
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	delete(o.pods, uid)
+	delete(o.acked, uid)
+}
+
+// PodEvent implements the pod engine's Sink.
+func (o *outbox) PodEvent(pod *corev1.Pod, eventType, reason, message string) {
+	o.event(corev1.ObjectReference{
+		APIVersion: "v1", Kind: "Pod", Namespace: pod.Namespace, Name: pod.Name,
+		UID: pod.UID, ResourceVersion: pod.ResourceVersion,
+	}, eventType, reason, message)
+}
+
+// NodeEvent is an event about the site itself.
+func (o *outbox) NodeEvent(eventType, reason, message string) {
+	o.event(corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: o.site, UID: types.UID(o.site)}, eventType, reason, message)
+}
+
+func (o *outbox) event(object corev1.ObjectReference, eventType, reason, message string) {
+	const limit = 1024 // of the API server's validation
+	message = message[:min(len(message), limit)]
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	now := metav1.NewTime(o.now())
+	key := eventKey{object.UID, reason, message}
+	e, repeated := o.recent[key]
+	if !repeated {
+		if len(o.recent) >= eventMemory {
+			clear(o.recent)
+		}
+		e = edge.Event{Object: object, Type: eventType, Reason: reason, Message: message, FirstTime: now}
+	}
+	e.LastTime = now
+	e.Count++
+	o.recent[key] = e
+	i := slices.IndexFunc(o.pending, func(p edge.Event) bool {
+		return p.Object.UID == object.UID && p.Reason == reason && p.Message == message
+	})
+	if i >= 0 {
+		o.pending[i] = e
+	} else {
+		o.pending = append(o.pending, e)
+	}
+	if o.flushing == nil {
+		o.flushing = time.AfterFunc(eventDelay, o.flush)
+	}
+}
+
+// flush makes the pending events durable and has them reported.
+func (o *outbox) flush() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.flushing = nil
+	if len(o.pending) == 0 {
+		return
+	}
+	first, err := o.events.PushAll(o.pending)
+	if err != nil {
+		o.log.Error("events lost", "count", len(o.pending), "err", err)
+	}
+	for i, e := range o.pending {
+		key := eventKey{e.Object.UID, e.Reason, e.Message}
+		if r, ok := o.recent[key]; ok && r.ID == 0 && err == nil {
+			r.ID = first + uint64(i)
+			o.recent[key] = r
+		}
+	}
+	o.pending = o.pending[:0]
+	o.queued = true
+	o.signal()
+}
+
+// SetNode replaces the site's node status, which is reported if it differs.
+func (o *outbox) SetNode(status edge.NodeStatus) {
+	o.mu.Lock()
+	if o.node != nil {
+		status.Seq = o.node.Seq + 1
+	} else {
+		status.Seq = 1
+	}
+	o.node = &status
+	o.mu.Unlock()
+	o.signal()
+}
+
+// Run reports to cloud until ctx is done, beginning with everything: what the API
+// server holds may have changed while nobody spoke for the site.
+func (o *outbox) Run(ctx context.Context, cloud edge.Cloud) {
+	o.mu.Lock()
+	clear(o.acked)
+	o.nodeSeq, o.queued = 0, true
+	o.mu.Unlock()
+	for {
+		var retry <-chan time.Time
+		if report := o.collect(); len(report.Pods) > 0 || report.Node != nil || len(report.Events) > 0 {
+			pause := o.send(ctx, cloud, report)
+			if pause == 0 {
+				continue
+			}
+			retry = time.After(pause)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-retry:
+		case <-o.wake: // something new goes at once, and what waits goes with it
+		}
+	}
+}
+
+// send reports once and returns how long to pause before the next report.
+func (o *outbox) send(ctx context.Context, cloud edge.Cloud, report edge.Report) time.Duration {
+	call, cancel := context.WithTimeout(ctx, reportTimeout)
+	defer cancel()
+	ack, err := cloud.Report(call, report)
+	if err != nil {
+		if ctx.Err() == nil {
+			o.log.Warn("report failed, will repeat", "err", err)
+		}
+		return reportRetry
+	}
+	return o.confirm(report, ack)
+}
+
+// collect is the next report: what has not been confirmed, within its limits.
+func (o *outbox) collect() edge.Report {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	var report edge.Report
+	for _, uid := range slices.Sorted(maps.Keys(o.pods)) {
+		if status := o.pods[uid]; o.acked[uid] < status.Seq && len(report.Pods) < reportPods {
+			report.Pods = append(report.Pods, status)
+		}
+	}
+	slices.SortStableFunc(report.Pods, func(a, b edge.PodStatus) int { // the news before the merely repeated
+		return cmp.Compare(o.acked[b.UID], o.acked[a.UID])
+	})
+	if o.node != nil && o.nodeSeq < o.node.Seq {
+		report.Node = o.node
+	}
+	if !o.queued {
+		return report
+	}
+	queued, err := o.events.Peek(reportEvents)
+	if err != nil {
+		o.log.Error("stored events cannot be read", "err", err)
+	}
+	for _, q := range queued {
+		q.Event.Seq = q.Seq
+		q.Event.ID = cmp.Or(q.Event.ID, q.Seq)
+		report.Events = append(report.Events, q.Event)
+	}
+	o.queued = len(queued) > 0
+	return report
+}
+
+func (o *outbox) confirm(report edge.Report, ack edge.Ack) time.Duration {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	rest := false
+	for _, status := range report.Pods {
+		seq := min(ack.Pods[status.UID], status.Seq)
+		o.acked[status.UID] = max(o.acked[status.UID], seq)
+		rest = rest || seq < status.Seq
+	}
+	if report.Node != nil {
+		o.nodeSeq = max(o.nodeSeq, min(ack.Node, report.Node.Seq))
+		rest = rest || ack.Node < report.Node.Seq
+	}
+	if n := len(report.Events); n > 0 {
+		last := min(ack.Events, report.Events[n-1].Seq)
+		if last >= report.Events[0].Seq {
+			if err := o.events.Ack(last); err != nil {
+				o.log.Error("confirmed events stay queued", "err", err)
+			}
+		}
+		rest = rest || last < report.Events[n-1].Seq
+	}
+	switch {
+	case ack.RetryAfter > 0:
+		return min(ack.RetryAfter, time.Minute)
+	case rest:
+		return reportRetry
+	}
+	return 0
+}
