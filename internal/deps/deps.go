@@ -34,4 +34,6 @@ import (
 	_ "github.com/containerd/containerd/api/services/events/v1"
 	_ "github.com/containerd/containerd/api/events"
 	_ "sigs.k8s.io/yaml"
+	_ "github.com/coder/websocket"
+	_ "golang.org/x/term"
 )
