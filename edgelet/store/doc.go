@@ -52,7 +52,8 @@
 // takes is bounded by [Options.MaxSize]. In this order:
 //
 //   - The last commit is unreadable but the one before it is whole, as when a disk
-//     lied about a flush: the store goes back by that one commit.
+//     lied about a flush: the store goes back by that one commit. It says so too
+//     when this cannot be told from a commit that was never completed.
 //   - Single values are damaged: they are dropped.
 //   - Otherwise the file is renamed to <path>.corrupt-<time> and a new one is
 //     begun; the two newest such files are kept.

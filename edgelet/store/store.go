@@ -114,6 +114,13 @@ func (d *DB) prepare(o Options, found verdict, steps []migration) error {
 	if err := d.migrate(steps, found.damaged); err != nil {
 		return err
 	}
+	if found.bad >= 0 {
+		d.damage("a meta page was unreadable or led to unreadable pages: the last commit may be undone")
+		mend := func(tx *Tx) error { tx.dirty = true; return nil } // writes the page again
+		if err := d.Update(mend); err != nil {
+			return fmt.Errorf("store %s: mend: %w", d.path, err)
+		}
+	}
 	return d.unlock(o.Key)
 }
 
@@ -146,11 +153,10 @@ func (d *DB) openFile(o Options) (found verdict, err error) {
 	if found, err = verify(f, info.Size()); err != nil {
 		return found, err
 	}
-	if found.revert >= 0 {
-		if err := revert(f, found.revert); err != nil {
+	if found.bad >= 0 {
+		if err := invalidate(f, found.bad); err != nil {
 			return found, err
 		}
-		d.damage("the last commit was unreadable and is undone")
 	}
 	d.file, d.page = f, int64(found.page)
 	return found, protect(func() error {
@@ -171,8 +177,8 @@ func boltOptions() *bbolt.Options {
 	}
 }
 
-// revert makes a meta page invalid, so that the other one counts.
-func revert(f *os.File, at int64) error {
+// invalidate makes a meta page invalid, so that the other one counts.
+func invalidate(f *os.File, at int64) error {
 	if _, err := f.WriteAt(make([]byte, pageHeader+metaSize), at); err != nil {
 		return err
 	}
@@ -331,8 +337,8 @@ func (d *DB) Check() error {
 		found, err := verify(d.file, info.Size())
 		switch {
 		case err != nil:
-		case found.revert >= 0:
-			err = corruptf("the last commit is unreadable")
+		case found.bad >= 0:
+			err = corruptf("a meta page or what it leads to is unreadable")
 		case len(found.damaged) > 0:
 			err = corruptf("%d values are damaged, the first is %s/%q", len(found.damaged), found.damaged[0].bucket, found.damaged[0].key)
 		default:

@@ -187,7 +187,7 @@ func TestWrittenCountsBytes(t *testing.T) {
 		must(t, tab.Put("k", record{Count: i + 1}))
 	}
 	count, kernel = d.Written()-count, writtenByProcess(t)-kernel
-	if diff := count - kernel; diff < -4096 || diff > 4096 {
+	if diff := count - kernel; diff < -kernel/10 || diff > kernel/10 { // the test writes, too
 		t.Errorf("counted %d bytes, the kernel %d", count, kernel)
 	}
 	t.Logf("%d bytes a commit", count/50)

@@ -17,6 +17,7 @@ const (
 
 	flagBranch   = 0x01
 	flagLeaf     = 0x02
+	flagMeta     = 0x04
 	flagFreelist = 0x10
 
 	elementBucket = 0x01 // flag of a leaf element whose value is a bucket
@@ -39,9 +40,14 @@ type place struct{ bucket, key string }
 
 // A verdict is what verify found in a readable file.
 type verdict struct {
-	damaged []place // values whose checksum is wrong
-	revert  int64   // offset of the newest meta page if only the one before it leads to a whole tree, else -1
+	values  int     // how many there are
+	damaged []place // those whose checksum is wrong
 	page    int     // size of a page in bytes
+
+	// If one of the two meta pages is not valid, or does not lead to a whole tree, the
+	// last commit may be missing. Then bad is the offset of that page, which must be
+	// made invalid so that bbolt uses the other one. Else it is -1.
+	bad int64
 }
 
 // verify reads a whole bbolt file and reports whether bbolt can be trusted with
@@ -59,9 +65,9 @@ func verify(r io.ReaderAt, size int64) (verdict, error) {
 		v := verifier{r: r, size: size, meta: m}
 		err := v.run()
 		if err == nil {
-			found := verdict{damaged: v.damaged, revert: -1, page: int(m.pageSize)}
-			if i > 0 {
-				found.revert = metas[0].offset
+			found := verdict{values: v.values, damaged: v.damaged, page: int(m.pageSize), bad: -1}
+			if i > 0 || len(metas) == 1 {
+				found.bad = m.pageSize - m.offset // they are at 0 and pageSize
 			}
 			return found, nil
 		}
@@ -126,7 +132,8 @@ func readMeta(r io.ReaderAt, size, at int64) (meta, error) {
 	sum := fnv.New64a()
 	sum.Write(b[:metaSize-8])
 	le := binary.LittleEndian
-	if le.Uint32(b) != boltMagic || le.Uint32(b[4:]) != boltVersion || le.Uint64(b[56:]) != sum.Sum64() {
+	id, flags := uint64(min(at, 1)), le.Uint16(buf[8:])
+	if le.Uint64(buf[:]) != id || flags != flagMeta || le.Uint32(b) != boltMagic || le.Uint32(b[4:]) != boltVersion || le.Uint64(b[56:]) != sum.Sum64() {
 		return meta{}, corruptf("meta page at %d is invalid", at)
 	}
 	m := meta{
@@ -146,6 +153,7 @@ type verifier struct {
 	size    int64
 	meta    meta
 	seen    []bool // by page
+	values  int
 	damaged []place
 }
 
@@ -219,8 +227,9 @@ func (v *verifier) leaf(p page, bucket string, in bounds, depth int) error {
 		return err
 	}
 	for _, e := range elements {
-		switch {
+		switch v.values++; {
 		case e.flags == elementBucket:
+			v.values--
 			if err := v.bucket(e, bucket, depth); err != nil {
 				return err
 			}
