@@ -50,24 +50,20 @@ func NewQueue[T any](d *DB, bucket string, limit Limit) *Queue[T] {
 }
 
 // Push appends v and returns its sequence number. It is on disk when Push returns nil.
-func (q *Queue[T]) Push(v T) (seq uint64, err error) {
+func (q *Queue[T]) Push(v T) (seq uint64, err error) { return q.PushAll([]T{v}) }
+
+// PushAll appends several items as one change, and returns the sequence number of the
+// first; the others follow it without gaps.
+func (q *Queue[T]) PushAll(vs []T) (first uint64, err error) {
 	err = q.db.Update(func(tx *Tx) error {
-		seq, err = q.PushTx(tx, v)
+		first, err = q.PushTx(tx, vs...)
 		return err
 	})
-	return seq, err
+	return first, err
 }
 
-// PushTx is Push within tx.
-func (q *Queue[T]) PushTx(tx *Tx, v T) (uint64, error) {
-	text, err := json.Marshal(v)
-	if err != nil {
-		return 0, fmt.Errorf("%s: encode: %w", q.bucket, err)
-	}
-	size := int64(len(text))
-	if size > q.limit.Bytes || size > MaxValue {
-		return 0, fmt.Errorf("%s: %w: %d bytes", q.bucket, ErrTooLarge, size)
-	}
+// PushTx is PushAll within tx.
+func (q *Queue[T]) PushTx(tx *Tx, vs ...T) (first uint64, err error) {
 	if err := tx.hasRoom(); err != nil {
 		return 0, fmt.Errorf("%s: %w", q.bucket, err)
 	}
@@ -75,18 +71,40 @@ func (q *Queue[T]) PushTx(tx *Tx, v T) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
-	for c.Items > 0 && (c.Items >= q.limit.Items || c.Bytes+size > q.limit.Bytes) {
-		if err := q.removeOldest(tx, &c); err != nil {
+	first = max(c.Next, tx.db.floor)
+	c.Next = first
+	for _, v := range vs {
+		if err := q.append(tx, &c, v); err != nil {
 			return 0, err
+		}
+	}
+	if len(vs) == 0 {
+		return first, nil
+	}
+	return first, tx.putJSON(q.bucket, countersKey, c)
+}
+
+// append adds an item with the number c.Next, and makes room for it first.
+func (q *Queue[T]) append(tx *Tx, c *counters, v T) error {
+	text, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("%s: encode: %w", q.bucket, err)
+	}
+	size := int64(len(text))
+	if size > q.limit.Bytes || size > MaxValue {
+		return fmt.Errorf("%s: %w: %d bytes", q.bucket, ErrTooLarge, size)
+	}
+	for c.Items > 0 && (c.Items >= q.limit.Items || c.Bytes+size > q.limit.Bytes) {
+		if err := q.removeOldest(tx, c); err != nil {
+			return err
 		}
 		c.Dropped++
 	}
-	seq := max(c.Next, tx.db.floor)
-	if err := tx.put(q.bucket, seqKey(seq), kindJSON, text); err != nil {
-		return 0, err
+	if err := tx.put(q.bucket, seqKey(c.Next), kindJSON, text); err != nil {
+		return err
 	}
-	c.Next, c.Items, c.Bytes = seq+1, c.Items+1, c.Bytes+size
-	return seq, tx.putJSON(q.bucket, countersKey, c)
+	c.Next, c.Items, c.Bytes = c.Next+1, c.Items+1, c.Bytes+size
+	return nil
 }
 
 // Peek returns the oldest items, at most n, and leaves them in the queue. Items that

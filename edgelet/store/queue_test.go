@@ -90,6 +90,26 @@ func TestFullQueueDropsTheOldestAndCountsThem(t *testing.T) {
 	}
 }
 
+func TestSeveralItemsArePushedAsOneChange(t *testing.T) {
+	d := openTemp(t)
+	q := NewQueue[string](d, "events", Limit{Items: 5, Bytes: 100})
+	first, err := q.PushAll([]string{"a", "b", "c", "d"})
+	must(t, err)
+	if _, err := q.PushAll([]string{"e", strings.Repeat("x", 200)}); !errors.Is(err, ErrTooLarge) {
+		t.Fatal(err)
+	}
+	if _, err := q.PushAll(nil); err != nil {
+		t.Fatal(err)
+	}
+	second, err := q.PushAll([]string{"e", "f"})
+	must(t, err)
+	items, err := q.Peek(10)
+	must(t, err)
+	if second != first+4 || len(items) != 5 || items[0] != (Item[string]{first + 1, "b"}) || items[4] != (Item[string]{first + 5, "f"}) {
+		t.Errorf("first %d, second %d, items %v", first, second, items)
+	}
+}
+
 func TestItemsOfAnotherTypeDoNotBlockTheQueue(t *testing.T) {
 	d := openTemp(t)
 	_, err := NewQueue[string](d, "events", Limit{}).Push("not a number")
