@@ -12,7 +12,8 @@ import (
 )
 
 // Runtime is the part of CRI v1 that the engine drives. Package cri implements it
-// on a real runtime and critest in memory. Errors carry gRPC status codes.
+// on a real runtime and critest in memory. Errors carry gRPC status codes. Every
+// call ends by itself in bounded time, StopContainer in little more than its grace.
 type Runtime interface {
 	ListPodSandbox(ctx context.Context) ([]*cri.PodSandbox, error)
 	ListContainers(ctx context.Context) ([]*cri.Container, error)
@@ -29,13 +30,16 @@ type Runtime interface {
 
 	// Watch calls changed with the UID of each pod of which a container or the
 	// sandbox has started or ended, "" when it may have missed something, until
-	// ctx is done. It reconnects by itself.
+	// ctx is done. It reconnects by itself, and calls changed with "" about once a
+	// second while it has no source, and when it has one again. If it returns
+	// sooner, the engine lists the runtime once a second and calls it again.
 	Watch(ctx context.Context, changed func(uid types.UID)) error
 }
 
 // Images makes images present. Package image implements it. An error with a
 // method Reason() string (ErrImagePull, ImagePullBackOff, ErrImageNeverPull,
-// InvalidImageName…) gives a waiting container its reason.
+// InvalidImageName…) gives a waiting container its reason. One with a method
+// RetryAt() time.Time says when trying again makes sense; else it is in 10 s.
 type Images interface {
 	// Ensure returns what CRI's CreateContainer takes as image, pulling it first
 	// when policy asks for that. Secrets are the pod's pull secrets. event, called
@@ -128,6 +132,8 @@ type Records interface {
 // Sink takes what the engine has to say to the cloud, never blocking for it.
 type Sink interface {
 	PodStatus(status edge.PodStatus) error // durable when it returns
-	PodEvent(pod *corev1.Pod, eventType, reason, message string)
+	// PodEvent reports an event of a pod, or of its container of that name if
+	// container is not empty; see [Reference].
+	PodEvent(pod *corev1.Pod, container, eventType, reason, message string)
 	PodForgotten(uid types.UID) // nothing is left of the pod here and none will be reported
 }

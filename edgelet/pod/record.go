@@ -1,0 +1,153 @@
+package pod
+
+import (
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+)
+
+// Crash back-off: 10 s after the second exit, doubled with each up to 300 s,
+// forgotten when a run has lasted 10 min longer than the back-off was set.
+const (
+	backoffBase   = 10 * time.Second
+	backoffLimit  = 300 * time.Second
+	backoffForget = 10 * time.Minute
+)
+
+// A Record is what is kept of a pod across restarts of the edgelet and of the
+// machine. Having one means that the pod was admitted, or refused for ever.
+type Record struct {
+	Namespace string `json:"namespace"`
+	Name      string `json:"name"`
+
+	Seq    uint64            `json:"seq,omitempty"`    // of the last status
+	Status *corev1.PodStatus `json:"status,omitempty"` // the last status
+	Gone   bool              `json:"gone,omitempty"`   // nothing is left of the pod, and that was said
+
+	// Ended is how the pod has ended, or been told to, before its containers
+	// did: its phase is Failed then, for ever.
+	Ended *Ending `json:"ended,omitempty"`
+
+	Containers map[string]ContainerRecord `json:"containers,omitempty"`
+
+	StopSince time.Time     `json:"stopSince,omitzero"` // when termination began
+	StopGrace time.Duration `json:"stopGrace,omitempty"`
+
+	// Removed is the pod when it was no longer desired. It is kept here because
+	// by then the desired set has forgotten it.
+	Removed *corev1.Pod `json:"removed,omitempty"`
+}
+
+// An Ending is why a pod has failed as a whole.
+type Ending struct {
+	Reason  string `json:"reason"`
+	Message string `json:"message"`
+}
+
+// A ContainerRecord is what is kept of one container.
+type ContainerRecord struct {
+	Begun   bool          `json:"begun,omitempty"`  // StartContainer may have been called
+	Next    uint32        `json:"next,omitempty"`   // number of the next run
+	Exited  *int32        `json:"exited,omitempty"` // exit code of the last run
+	Backoff time.Duration `json:"backoff,omitempty"`
+	Backed  time.Time     `json:"backed,omitzero"`
+	Key     string        `json:"key,omitempty"`
+}
+
+// restarts reports whether c is to run again after it ended with code; nil is an
+// end that nobody saw.
+func restarts(pod *corev1.Pod, c *corev1.Container, code *int32) bool {
+	if code != nil {
+		for _, rule := range c.RestartPolicyRules {
+			if rule.Action == corev1.ContainerRestartRuleActionRestart && ruleMatches(rule, *code) {
+				return true
+			}
+		}
+	}
+	switch policy(pod, c) {
+	case corev1.RestartPolicyNever:
+		return false
+	case corev1.RestartPolicyOnFailure:
+		return code == nil || *code != 0
+	}
+	return true
+}
+
+func ruleMatches(rule corev1.ContainerRestartRule, code int32) bool {
+	if rule.ExitCodes == nil {
+		return false
+	}
+	in := false
+	for _, v := range rule.ExitCodes.Values {
+		in = in || v == code
+	}
+	switch rule.ExitCodes.Operator {
+	case corev1.ContainerRestartRuleOnExitCodesOpIn:
+		return in
+	case corev1.ContainerRestartRuleOnExitCodesOpNotIn:
+		return !in
+	}
+	return false
+}
+
+// policy is the restart policy of one container. An init container that must
+// end runs again only if it failed.
+func policy(pod *corev1.Pod, c *corev1.Container) corev1.RestartPolicy {
+	if c.RestartPolicy != nil {
+		return corev1.RestartPolicy(*c.RestartPolicy)
+	}
+	if pod.Spec.RestartPolicy == "" {
+		return corev1.RestartPolicyAlways
+	}
+	return pod.Spec.RestartPolicy
+}
+
+// restartsAtAll reports whether c is to run again after it was killed for a
+// failed probe. Rules speak of exit codes, which that is not.
+func restartsAtAll(pod *corev1.Pod, c *corev1.Container) bool {
+	return policy(pod, c) != corev1.RestartPolicyNever
+}
+
+// atMostOnce reports whether c must not run again unless it was seen to end with
+// an exit code that says so.
+func atMostOnce(pod *corev1.Pod, c *corev1.Container) bool {
+	return policy(pod, c) == corev1.RestartPolicyNever
+}
+
+// exitCode is the exit code of a container's last run, nil if nobody knows.
+func exitCode(last *Container, memory Memory) *int32 {
+	switch {
+	case last == nil:
+		return memory.Exited
+	case last.Finished.IsZero():
+		return nil
+	case last.ExitCode == 0 && last.Reason == reasonOOMKilled:
+		return new(int32(137))
+	}
+	return &last.ExitCode
+}
+
+// backoffKey changes when the back-off of a container must start afresh.
+func backoffKey(c *corev1.Container) string { return c.Image }
+
+// crashBackoff is how long c must wait after its last run finished.
+func crashBackoff(m Memory, c *corev1.Container, finished time.Time) time.Duration {
+	if m.Key != backoffKey(c) || finished.Sub(m.Backed) > backoffForget {
+		return 0
+	}
+	return m.Backoff
+}
+
+// backedOff returns m with the back-off that the run after next must wait.
+func backedOff(m Memory, c *corev1.Container, finished, now time.Time) Memory {
+	next := min(2*crashBackoff(m, c, finished), backoffLimit)
+	m.Backoff, m.Backed, m.Key = max(next, backoffBase), now, backoffKey(c)
+	return m
+}
+
+func podGrace(pod *corev1.Pod) time.Duration {
+	if g := pod.Spec.TerminationGracePeriodSeconds; g != nil {
+		return time.Duration(max(*g, 1)) * time.Second
+	}
+	return 30 * time.Second
+}

@@ -1,0 +1,566 @@
+package pod
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	"k8s.io/apimachinery/pkg/types"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/skerry-io/skerry/api/edge"
+	"github.com/skerry-io/skerry/internal/backoff"
+)
+
+// How long a worker waits after a pass that failed: full jitter, growing.
+const (
+	retryBase  = time.Second
+	retryLimit = 30 * time.Second
+	retryLeast = 100 * time.Millisecond
+)
+
+// maxRounds bounds how often one pass plans.
+const maxRounds = 50
+
+// errInterrupted is the cause of a pass that ended because the pod is to end, or
+// to end sooner.
+var errInterrupted = errors.New("the pod is to end sooner")
+
+// A worker brings one pod to what is desired, one pass after the other.
+type worker struct {
+	m       *Manager
+	uid     types.UID
+	wake    chan struct{} // holds a token when there is something to do
+	started bool          // guarded by Manager.mu
+
+	mu      sync.Mutex // guards what follows
+	pod     *corev1.Pod
+	removed bool
+	stale   bool                    // the runtime must be listed
+	kicked  bool                    // something that the pod depends on has changed
+	cancel  context.CancelCauseFunc // of the pass under way
+	failing bool                    // the last pass failed
+	digest  string                  // of what was last observed
+	record  Record                  // as it is to be saved; never written through
+	dirty   bool                    // record is not saved yet
+	saving  bool                    // a goroutine saves it
+
+	write sync.Mutex // one write at a time
+	sent  uint64     // Seq of the last status sent; guarded by write
+
+	// Owned by the worker's goroutine.
+	obs      Observed
+	admitted bool
+	failures int       // passes in a row
+	next     time.Time // when to plan again
+	refresh  time.Time // when the volumes are to be refreshed
+	killing  map[string]bool
+	stopped  map[string]bool // containers whose preStop hook has run
+	mountErr string
+	finished bool // nothing is left of the pod
+	current  *corev1.Pod
+	gone     bool // w.removed as of this pass
+}
+
+// adopt takes what is remembered. It is called before the worker runs.
+func (w *worker) adopt(r Record) {
+	w.record, w.admitted = r, true
+	for name, c := range r.Containers {
+		w.obs.Memory[name] = Memory{
+			Begun: c.Begun, Next: c.Next, Exited: c.Exited, Backoff: c.Backoff, Backed: c.Backed, Key: c.Key,
+		}
+	}
+	w.finished = r.Gone
+	w.dirty = r.Status != nil // it may not have been sent
+}
+
+func (w *worker) set(pod *corev1.Pod) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	old := w.pod
+	w.pod, w.removed = pod, false
+	if pod.DeletionTimestamp != nil && (old == nil || old.DeletionTimestamp == nil || stopGrace(pod) < stopGrace(old)) {
+		w.interrupt()
+	}
+	poke(w.wake)
+}
+
+// interrupt ends the pass under way. The caller holds w.mu.
+func (w *worker) interrupt() {
+	if w.cancel != nil {
+		w.cancel(errInterrupted)
+	}
+}
+
+// snapshot is the pod with its status, nil if it is not desired.
+func (w *worker) snapshot() *corev1.Pod {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.pod == nil || w.removed {
+		return nil
+	}
+	pod := *w.pod
+	if w.record.Status != nil {
+		pod.Status = *w.record.Status
+	}
+	return &pod
+}
+
+// run works until ctx is done or nothing is left of the pod.
+func (w *worker) run(ctx context.Context) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	w.mu.Lock()
+	if w.dirty {
+		w.saveSoon()
+	}
+	w.mu.Unlock()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+		case <-w.wake:
+		}
+		if w.turn(ctx) {
+			return
+		}
+		if w.next.IsZero() {
+			timer.Stop()
+		} else {
+			timer.Reset(max(time.Until(w.next), 0))
+		}
+	}
+}
+
+// turn does one pass and says when the next is due. It reports whether nothing
+// is left to do, ever.
+func (w *worker) turn(ctx context.Context) (over bool) {
+	pass, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	w.mu.Lock()
+	stale, kicked := w.stale, w.kicked
+	w.stale, w.kicked = false, false
+	w.current, w.gone, w.cancel = w.pod, w.removed, cancel
+	w.mu.Unlock()
+
+	w.next = time.Time{}
+	err := w.pass(pass, stale || w.failures > 0, kicked)
+	w.mu.Lock()
+	w.cancel = nil
+	w.digest = w.obs.digest()
+	interrupted := context.Cause(pass) == errInterrupted
+	w.failing = err != nil && !interrupted
+	if interrupted {
+		w.stale = true
+		poke(w.wake)
+	}
+	w.mu.Unlock()
+	switch {
+	case ctx.Err() != nil, interrupted:
+		return false
+	case err != nil:
+		w.log().Warn("pod cannot be brought up to date", "err", err)
+		w.due(time.Now().Add(retryLeast + backoff.Delay(w.failures, retryBase, retryLimit)))
+		w.failures++
+		return false
+	}
+	w.failures = 0
+	return w.finished && w.gone && w.leave()
+}
+
+func (w *worker) log() *slog.Logger {
+	return w.m.Log.With("pod", w.current.Namespace+"/"+w.current.Name, "uid", w.uid)
+}
+
+// due makes sure that the worker plans again at t.
+func (w *worker) due(t time.Time) {
+	if w.next.IsZero() || t.Before(w.next) {
+		w.next = t
+	}
+}
+
+// pass observes, plans and acts until nothing is due.
+func (w *worker) pass(ctx context.Context, stale, kicked bool) error {
+	if w.finished {
+		w.saveGone()
+		return nil
+	}
+	if kicked {
+		for name, m := range w.obs.Memory {
+			if m.Failure.Reason == reasonConfig {
+				m.Failure.Retry = time.Time{}
+				w.obs.Memory[name] = m
+			}
+		}
+		w.obs.Volumes = false
+	}
+	if stale {
+		pods, err := w.m.lister.fresh(ctx, w.m.ctx, &w.m.wg)
+		if err != nil {
+			return err
+		}
+		if w.current.Name == "" || w.gone && len(w.current.Spec.Containers) == 0 {
+			w.learn(pods[w.uid])
+		}
+		if err := w.observe(ctx, pods[w.uid]); err != nil {
+			return err
+		}
+	}
+	w.admitOnce()
+	if !time.Now().Before(w.refresh) {
+		w.obs.Volumes = false
+	}
+	var failed error
+	for range maxRounds {
+		now := time.Now()
+		w.report(now)
+		spec := w.spec(now)
+		acted, err := w.act(ctx, spec, Plan(spec, w.obs, now))
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err != nil {
+			failed = err
+		}
+		if !acted || err != nil || w.finished {
+			w.report(time.Now())
+			w.timers(spec)
+			if w.finished {
+				w.saveGone()
+			}
+			return failed
+		}
+	}
+	w.due(time.Now().Add(retryBase))
+	return nil
+}
+
+// learn makes up what it can of a pod whose spec is not known any more.
+func (w *worker) learn(s *seen) {
+	if s == nil {
+		return
+	}
+	w.current = skeleton(w.uid, s)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.removed {
+		w.pod = w.current
+	}
+}
+
+// timers sees to it that the worker wakes for what comes with time alone.
+func (w *worker) timers(spec Spec) {
+	if spec.Stop != nil {
+		return
+	}
+	if d := spec.Pod.Spec.ActiveDeadlineSeconds; d != nil && w.record.Status != nil && w.record.Status.StartTime != nil {
+		w.due(w.record.Status.StartTime.Add(time.Duration(*d) * time.Second))
+	}
+	if w.obs.Volumes {
+		w.due(w.refresh)
+	}
+}
+
+// spec is what is asked of the pod now. It decides when the pod is to end, and
+// remembers since when.
+func (w *worker) spec(now time.Time) Spec {
+	pod := w.current
+	r := &w.record // only this goroutine writes to it, and under w.mu
+	spec := Spec{Pod: pod}
+	if d := pod.Spec.ActiveDeadlineSeconds; d != nil && r.Ended == nil && r.Status != nil && !ended(r.Status.Phase) &&
+		r.Status.StartTime != nil && !now.Before(r.Status.StartTime.Add(time.Duration(*d)*time.Second)) {
+		w.end("DeadlineExceeded", "Pod was active on the node longer than the specified deadline")
+		w.event("", corev1.EventTypeNormal, "DeadlineExceeded", "Pod was active on the node longer than the specified deadline")
+		w.report(now)
+	}
+	remove := w.gone || pod.DeletionTimestamp != nil || !r.StopSince.IsZero()
+	switch {
+	case remove:
+		if grace := stopGrace(pod); r.StopSince.IsZero() || grace < r.StopGrace {
+			w.change(func(r *Record) {
+				r.StopSince, r.StopGrace = now, grace
+				if w.gone {
+					r.Removed = withoutStatus(pod)
+				}
+			})
+		}
+		spec.Stop = &Stop{Since: r.StopSince, Grace: r.StopGrace, Remove: true}
+	case r.Ended != nil || r.Status != nil && ended(r.Status.Phase):
+		spec.Stop = &Stop{Since: now, Grace: podGrace(pod)}
+	}
+	return spec
+}
+
+func withoutStatus(pod *corev1.Pod) *corev1.Pod {
+	p := *pod
+	p.Status, p.ManagedFields = corev1.PodStatus{}, nil
+	return &p
+}
+
+// stopGrace is how long a pod has for its end once it has been asked to.
+func stopGrace(pod *corev1.Pod) time.Duration {
+	if g := pod.DeletionGracePeriodSeconds; g != nil {
+		return time.Duration(max(*g, 1)) * time.Second
+	}
+	return podGrace(pod)
+}
+
+// end makes the pod fail as a whole.
+func (w *worker) end(reason, message string) {
+	w.change(func(r *Record) { r.Ended = &Ending{reason, message} })
+}
+
+// report hears the probes, computes the pod's status, and sends it if it has
+// changed.
+func (w *worker) report(now time.Time) {
+	w.remember()
+	w.probe()
+	spec := Spec{Pod: w.current}
+	r := &w.record
+	if w.gone || w.current.DeletionTimestamp != nil || !r.StopSince.IsZero() {
+		spec.Stop = &Stop{Remove: true}
+	} else if r.Ended != nil || r.Status != nil && ended(r.Status.Phase) {
+		spec.Stop = &Stop{}
+	}
+	status := podStatus(situation{
+		spec: spec, obs: w.obs, old: r.Status, ended: r.Ended,
+		hostIPs: w.m.HostIPs(), runtime: w.m.RuntimeName(), now: now,
+	})
+	if r.Status != nil && equality.Semantic.DeepEqual(*r.Status, status) {
+		return
+	}
+	w.change(func(r *Record) {
+		r.Seq++
+		r.Status = &status
+	})
+}
+
+// remember keeps what the runtime may forget, and saves it if it is new.
+func (w *worker) remember() {
+	for i := len(w.obs.Containers) - 1; i >= 0; i-- { // the latest of a name last
+		c := &w.obs.Containers[i]
+		m := w.obs.Memory[c.Name]
+		m.Next = max(m.Next, c.Attempt+1)
+		if c.State != cri.ContainerState_CONTAINER_CREATED {
+			m.Begun, m.Exited = true, nil
+		}
+		if c.State == cri.ContainerState_CONTAINER_EXITED {
+			m.Exited = exitCode(c, m)
+		}
+		w.obs.Memory[c.Name] = m
+	}
+	records := map[string]ContainerRecord{}
+	for name, m := range w.obs.Memory {
+		records[name] = ContainerRecord{
+			Begun: m.Begun, Next: m.Next, Exited: m.Exited, Backoff: m.Backoff, Backed: m.Backed, Key: m.Key,
+		}
+	}
+	if !maps.EqualFunc(records, w.record.Containers, func(a, b ContainerRecord) bool {
+		same := a.Exited == nil && b.Exited == nil || a.Exited != nil && b.Exited != nil && *a.Exited == *b.Exited
+		return same && a.Backed.Equal(b.Backed) && a.Begun == b.Begun && a.Next == b.Next && a.Backoff == b.Backoff && a.Key == b.Key
+	}) {
+		w.change(func(r *Record) { r.Containers = records })
+	}
+}
+
+// probe tells the probes what runs and hears what they say of it.
+func (w *worker) probe() {
+	running := map[string]RunningContainer{}
+	for i := range w.obs.Containers {
+		c := &w.obs.Containers[i]
+		if c.State == cri.ContainerState_CONTAINER_RUNNING && slices.IndexFunc(w.obs.Containers, func(k Container) bool { return k.Name == c.Name }) == i {
+			running[c.Name] = RunningContainer{ID: c.ID, StartedAt: c.Started}
+		}
+	}
+	pod := w.current
+	if !w.record.StopSince.IsZero() && pod.DeletionTimestamp == nil {
+		p := *pod
+		p.DeletionTimestamp = new(second(w.record.StopSince))
+		pod = &p
+	}
+	ip := ""
+	if ips := w.ips(); len(ips) > 0 {
+		ip = ips[0]
+	}
+	w.m.Probes.Sync(pod, ip, running)
+	for i := range w.obs.Containers {
+		c := &w.obs.Containers[i]
+		c.Probe = ProbeResult{}
+		if running[c.Name].ID == c.ID {
+			c.Probe = w.m.Probes.Result(w.uid, c.Name, c.ID)
+		}
+	}
+}
+
+func (w *worker) ips() []string {
+	return podIPs(w.current, w.obs, onePerFamily(w.m.HostIPs()))
+}
+
+// admitOnce refuses a new pod that the site cannot run. What has begun is never
+// refused.
+func (w *worker) admitOnce() {
+	if w.admitted || len(w.obs.Sandboxes) > 0 || w.gone || w.current.DeletionTimestamp != nil {
+		w.admitted = true
+		return
+	}
+	w.m.admit.Lock()
+	defer w.m.admit.Unlock()
+	if reason, message := w.m.refuses(w.current); reason != "" {
+		w.event("", corev1.EventTypeWarning, reason, message)
+		w.end(reason, "Pod was rejected: "+message)
+	} else {
+		w.change(func(*Record) {}) // having a record is being admitted
+	}
+	w.admitted = true
+}
+
+// event reports an event of the pod, or of one of its containers.
+func (w *worker) event(container, eventType, reason, message string) {
+	w.m.Sink.PodEvent(w.current, container, eventType, reason, message)
+}
+
+// change edits the record and sees to it that it is saved soon.
+func (w *worker) change(edit func(*Record)) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.record.Namespace, w.record.Name = w.current.Namespace, w.current.Name
+	edit(&w.record)
+	w.dirty = true
+	w.saveSoon()
+}
+
+// saveSoon starts what saves the record, unless it runs. The caller holds w.mu.
+func (w *worker) saveSoon() {
+	if w.saving {
+		return
+	}
+	w.saving = true
+	ctx := w.m.ctx
+	w.m.wg.Go(func() {
+		for n := 0; ; n++ {
+			if err := w.save(); err != nil {
+				w.m.Log.Error("pod record cannot be saved", "uid", w.uid, "err", err)
+				if backoff.Sleep(ctx, retryLeast+backoff.Delay(n, retryBase, retryLimit)) == nil {
+					continue
+				}
+			}
+			w.mu.Lock()
+			if !w.dirty || ctx.Err() != nil {
+				w.saving = false
+				w.mu.Unlock()
+				return
+			}
+			w.mu.Unlock()
+		}
+	})
+}
+
+// save writes the record if it has changed, and then sends the status if that
+// has. When it returns nil, what was changed before the call is durable.
+func (w *worker) save() error {
+	w.write.Lock()
+	defer w.write.Unlock()
+	w.mu.Lock()
+	record, dirty := w.record, w.dirty
+	w.dirty = false
+	w.mu.Unlock()
+	if !dirty {
+		return nil
+	}
+	err := w.m.Records.Put(string(w.uid), record)
+	if err != nil {
+		err = fmt.Errorf("save record: %w", err)
+	} else if record.Status != nil && record.Seq > w.sent {
+		err = w.m.Sink.PodStatus(edge.PodStatus{
+			UID: w.uid, Namespace: record.Namespace, Name: record.Name,
+			Seq: record.Seq, Status: *record.Status, Gone: record.Gone,
+		})
+		if err != nil {
+			err = fmt.Errorf("report status: %w", err)
+		} else {
+			w.sent = record.Seq
+		}
+	}
+	if err != nil {
+		w.mu.Lock()
+		w.dirty = true
+		w.mu.Unlock()
+	}
+	return err
+}
+
+// saveGone says that nothing is left of the pod, once.
+func (w *worker) saveGone() {
+	if w.record.Gone {
+		w.mu.Lock()
+		if w.dirty {
+			w.saveSoon()
+		}
+		w.mu.Unlock()
+		return
+	}
+	w.change(func(r *Record) {
+		r.Gone = true
+		r.Seq++
+	})
+}
+
+// leave forgets a pod that is gone and not desired. It reports whether it has.
+func (w *worker) leave() bool {
+	w.write.Lock() // nothing is saved from here on
+	defer w.write.Unlock()
+	w.m.mu.Lock()
+	w.mu.Lock()
+	left := w.removed
+	if left {
+		w.dirty = false
+		delete(w.m.workers, w.uid)
+	}
+	w.mu.Unlock()
+	w.m.mu.Unlock()
+	if !left {
+		return false
+	}
+	if err := w.m.Records.Delete(string(w.uid)); err != nil {
+		// The next start of the edgelet finds it and ends here again.
+		w.log().Error("pod record cannot be deleted", "err", err)
+	}
+	w.m.Sink.PodForgotten(w.uid)
+	return true
+}
+
+// digest sums up what a comparison with a listing needs.
+func (o Observed) digest() string {
+	var ids []string
+	for _, s := range o.Sandboxes {
+		ids = append(ids, fmt.Sprintf("%s:%t", s.ID, s.Ready))
+	}
+	for _, c := range o.Containers {
+		ids = append(ids, fmt.Sprintf("%s:%d", c.ID, c.State))
+	}
+	slices.Sort(ids)
+	return fmt.Sprint(ids)
+}
+
+// digest is what [Observed.digest] is for what was listed.
+func (s *seen) digest() string {
+	var ids []string
+	if s != nil {
+		for _, sandbox := range s.sandboxes {
+			ids = append(ids, fmt.Sprintf("%s:%t", sandbox.Id, sandbox.State == cri.PodSandboxState_SANDBOX_READY))
+		}
+		for _, c := range s.containers {
+			ids = append(ids, fmt.Sprintf("%s:%d", c.Id, c.State))
+		}
+	}
+	slices.Sort(ids)
+	return fmt.Sprint(ids)
+}
