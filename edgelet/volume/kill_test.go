@@ -1,0 +1,5 @@
+package volume
+
+const victimDir = "SKERRY_VOLUME_TEST_VICTIM"
+
+func beKilled() {}
