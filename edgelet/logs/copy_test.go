@@ -341,6 +341,7 @@ func FuzzRecords(f *testing.F) {
 // FuzzTail compares a file that is read backwards with one that cannot be.
 func FuzzTail(f *testing.F) {
 	f.Add([]byte(sample), uint8(2), "")
+	f.Add([]byte(sample+"2026-01-02T15:04:05Z stdout P tw"), uint8(0), "")
 	f.Add([]byte(sample+"2026-01-02T15:04:05Z stdout P tw"), uint8(1), "stdout")
 	f.Fuzz(func(t *testing.T, data []byte, tail uint8, stream string) {
 		req := with(func(r *Request) { r.Tail, r.Stream = int64(tail), stream })

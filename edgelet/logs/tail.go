@@ -107,9 +107,6 @@ func (t *tailer) plain(f *os.File) (done bool, err error) {
 // gzip reads f forwards, as there is no other way. If the lines begin in it, the
 // copier gets to know how many lines stand before them.
 func (t *tailer) gzip(f *os.File) (done bool, err error) {
-	if t.limit == 0 {
-		return true, nil
-	}
 	z, err := gzip.NewReader(f)
 	if err != nil {
 		return false, fmt.Errorf("%s: %w", f.Name(), err)
