@@ -68,6 +68,9 @@ func TestContainerdAnswersTheRest(t *testing.T) {
 	if driver, err := client.CgroupDriver(t.Context()); err != nil || driver != cri.Cgroupfs {
 		t.Errorf("cgroup driver: %v, %v", driver, err)
 	}
+	if image, err := client.SandboxImage(t.Context()); err != nil || image != containerd.PauseImage {
+		t.Errorf("sandbox image: %q, %v", image, err)
+	}
 	list, err := client.ListImages(t.Context())
 	if err != nil || len(list) != 2 {
 		t.Errorf("images: %v, %v", list, err)

@@ -67,6 +67,32 @@ func (c *Client) CgroupDriver(ctx context.Context) (CgroupDriver, error) {
 	return likelyDriver(err == nil, unifiedCgroups()), nil
 }
 
+// SandboxImage is the image of sandboxes, as far as the runtime tells; "" if it does
+// not. Runtimes before 2023 do not show it as pinned, so whoever removes images
+// must know.
+func (c *Client) SandboxImage(ctx context.Context) (string, error) {
+	verbose, err := do(ctx, c.query("status of runtime", ""), c.runtime.Status, &cri.StatusRequest{Verbose: true})
+	if err != nil {
+		return "", err
+	}
+	return configuredSandboxImage([]byte(verbose.Info["config"])), nil
+}
+
+// configuredSandboxImage reads the configuration of containerd 1.x, or of 2.x.
+func configuredSandboxImage(config []byte) string {
+	var parsed struct {
+		SandboxImage string            `json:"sandboxImage"`
+		PinnedImages map[string]string `json:"pinnedImages"`
+	}
+	if json.Unmarshal(config, &parsed) != nil {
+		return ""
+	}
+	if parsed.SandboxImage != "" {
+		return parsed.SandboxImage
+	}
+	return parsed.PinnedImages["sandbox"]
+}
+
 // configuredDriver reads containerd's configuration as its verbose status shows it.
 func configuredDriver(config []byte) (CgroupDriver, bool) {
 	var parsed struct {
