@@ -56,7 +56,7 @@ func (s *Site) join(ctx context.Context) error {
 	}
 	argv := strings.Fields(line)
 	argv[0] = filepath.Join(s.lab.options.Bin, argv[0])
-	argv = append(argv, "--name="+s.Name, "--data-dir="+s.dataDir(), "--config="+s.config(), "--socket="+s.Socket(),
+	argv = append(argv, "--data-dir="+s.dataDir(), "--config="+s.config(), "--socket="+s.Socket(),
 		"--runtime-endpoint="+s.Containerd.Endpoint, "--log-dir="+filepath.Join(s.Dir, "logs"), "--start=false")
 	if out, err := exec.CommandContext(ctx, argv[0], argv[1:]...).CombinedOutput(); err != nil {
 		return fmt.Errorf("%s: %w: %s", strings.Join(argv, " "), err, out)
