@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -336,11 +337,11 @@ func TestSilence(t *testing.T) {
 	}
 	t.Run("the first round trip is known at once", func(t *testing.T) {
 		bubble(t, func(t *testing.T) {
-			var n int
-			client, server := pair(t, Config{OnRTT: func(time.Duration) { n++ }})
+			var n atomic.Int32
+			client, server := pair(t, Config{OnRTT: func(time.Duration) { n.Add(1) }})
 			synctest.Wait()
-			if client.RTT() == 0 || server.RTT() == 0 || n != 2 {
-				t.Errorf("RTT %v and %v, reported %d times", client.RTT(), server.RTT(), n)
+			if client.RTT() == 0 || server.RTT() == 0 || n.Load() != 2 {
+				t.Errorf("RTT %v and %v, reported %d times", client.RTT(), server.RTT(), n.Load())
 			}
 		})
 	})

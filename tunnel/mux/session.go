@@ -58,15 +58,16 @@ func (c Config) withDefaults(client bool) Config {
 
 // A Session multiplexes streams over one connection, which it owns.
 type Session struct {
-	y      *yamux.Session
-	guard  *guard
-	gate   gate
-	cfg    Config
-	client bool
-	start  time.Time      // times below are since then
-	slots  chan struct{}  // one token for each stream of ours that is not over
-	done   chan struct{}  // closed by end
-	loops  sync.WaitGroup // goroutines of ours
+	y       *yamux.Session
+	guard   *guard
+	gate    gate
+	cfg     Config
+	client  bool
+	start   time.Time      // times below are since then
+	slots   chan struct{}  // one token for each stream of ours that is not over
+	opening chan struct{}  // holds a token while a stream is being opened
+	done    chan struct{}  // closed by end
+	loops   sync.WaitGroup // goroutines of ours
 
 	received atomic.Int64 // when the last byte came, in ns since start
 	frame    atomic.Int64 // bytes of data for one frame
@@ -104,6 +105,7 @@ func New(conn net.Conn, client bool, cfg Config) (*Session, error) {
 		client:    client,
 		start:     time.Now(),
 		slots:     make(chan struct{}, cfg.MaxStreams),
+		opening:   make(chan struct{}, 1),
 		done:      make(chan struct{}),
 		streams:   map[uint32]*Stream{},
 		unclaimed: map[uint32]*Stream{},
@@ -145,7 +147,7 @@ func (s *Session) Open(ctx context.Context) (*Stream, error) {
 	case <-s.done:
 		return nil, fmt.Errorf("open stream: %w", s.Err())
 	}
-	y, err := s.y.OpenStream()
+	y, err := s.openOne(ctx)
 	if err != nil {
 		<-s.slots
 		return nil, fmt.Errorf("open stream: %w", cmp.Or(s.Err(), err))
@@ -154,6 +156,20 @@ func (s *Session) Open(ctx context.Context) (*Stream, error) {
 		return st, nil
 	}
 	return nil, fmt.Errorf("open stream: %w", cmp.Or(s.Err(), ErrClosed))
+}
+
+// openOne opens a stream when no other is being opened: yamux numbers streams
+// before it sends them, so that two at once may reach the peer in wrong order.
+func (s *Session) openOne(ctx context.Context) (*yamux.Stream, error) {
+	select {
+	case s.opening <- struct{}{}:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	case <-s.done:
+		return nil, ErrClosed
+	}
+	defer func() { <-s.opening }()
+	return s.y.OpenStream()
 }
 
 // Accept returns the next stream that the peer opens.
