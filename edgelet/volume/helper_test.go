@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -89,7 +90,7 @@ func expand(s string, lookup func(string) (string, bool)) string {
 
 func manager(t testing.TB, o *objects) *Manager {
 	t.Helper()
-	m, err := New(Config{Dir: filepath.Join(t.TempDir(), "pods"), Objects: o, Fields: fields{}, Expand: expand})
+	m, err := New(Config{Dir: filepath.Join(t.TempDir(), "pods"), Objects: o, Fields: fields{}, Expand: expand, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
