@@ -85,28 +85,6 @@ func (r *Reader) Copy(ctx context.Context, w io.Writer, req Request) error {
 	return nil
 }
 
-// Last returns at most the last lines, and of these at most the last bytes, of a
-// container's log: what a termination message falls back to.
-func (r *Reader) Last(ctx context.Context, path string, lines int64, bytes int) (string, error) {
-	last := &lastBytes{limit: bytes}
-	err := r.Copy(ctx, last, Request{Path: path, Tail: lines, Limit: -1})
-	return string(last.data[max(len(last.data)-bytes, 0):]), err
-}
-
-// lastBytes keeps the last bytes written to it, and never more than a write more.
-type lastBytes struct {
-	data  []byte
-	limit int
-}
-
-func (l *lastBytes) Write(p []byte) (int, error) {
-	l.data = append(l.data, p...)
-	if n := len(l.data) - l.limit; n > 0 {
-		l.data = append(l.data[:0], l.data[n:]...)
-	}
-	return len(p), nil
-}
-
 // A copier turns records into text. It is used by one goroutine.
 type copier struct {
 	ctx     context.Context

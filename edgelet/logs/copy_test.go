@@ -254,18 +254,6 @@ func TestAbsentLogIsNotExist(t *testing.T) {
 	}
 }
 
-func TestLastIsWhatATerminationMessageTakes(t *testing.T) {
-	s := newSite(t)
-	s.write("0.log", lines(0, 1000))
-	got, err := s.r.Last(t.Context(), podDir+"/c/0.log", 80, 30)
-	if want := texts(900, 100); err != nil || got != want[len(want)-30:] {
-		t.Errorf("last = %q, error %v", got, err)
-	}
-	if got, err := s.r.Last(t.Context(), podDir+"/c/0.log", 2, 2048); err != nil || got != texts(998, 2) {
-		t.Errorf("last two lines = %q, error %v", got, err)
-	}
-}
-
 // A line without end, in one record or in very many, takes no more memory than
 // any other.
 func TestHugeLineTakesNoMemory(t *testing.T) {

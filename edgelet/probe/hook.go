@@ -45,7 +45,11 @@ func (h *Hooks) Run(ctx context.Context, pod *corev1.Pod, container *corev1.Cont
 }
 
 func (h *Hooks) command(ctx context.Context, containerID string, cmd []string) error {
-	output, exit, err := h.cfg.Exec(ctx, containerID, cmd, 0)
+	limit := time.Duration(0)
+	if end, ok := ctx.Deadline(); ok {
+		limit = max(time.Until(end), time.Millisecond) // so that the runtime ends the command too
+	}
+	output, exit, err := h.cfg.Exec(ctx, containerID, cmd, limit)
 	switch text := clip(string(output), maxMessage); {
 	case err != nil:
 		return fmt.Errorf("exec lifecycle hook %q: %w, message: %q", cmd, err, text)
