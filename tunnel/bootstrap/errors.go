@@ -18,7 +18,8 @@ const (
 	TokenExpired Code = "token-expired" //
 	TokenUsed    Code = "token-used"    // for another key
 	TokenOther   Code = "token-other"   // bound to another site
-	NameTaken    Code = "name-taken"    // by a site with a certificate, or by a Node that is no site
+	NameTaken    Code = "name-taken"    // by a site that has a certificate
+	NodeExists   Code = "node-exists"   // a Node of this name is no site
 	Denied       Code = "denied"        // by a person
 	Revoked      Code = "revoked"       // the site is quarantined
 	Stale        Code = "stale"         // the certificate is not the last of its lineage
@@ -50,7 +51,7 @@ func (c Code) status() int {
 	switch c {
 	case TokenUnknown, TokenExpired, TokenUsed:
 		return http.StatusUnauthorized
-	case NameTaken:
+	case NameTaken, NodeExists:
 		return http.StatusConflict
 	case Invalid:
 		return http.StatusBadRequest
@@ -118,6 +119,8 @@ func (e *Error) sentence() string {
 		return `the join token is for another site than %[2]q%[3]s: join under that name with --site, or make a token with "skerry-provider token create --site %[2]s"`
 	case NameTaken:
 		return `the name %[2]q is taken%[3]s: choose another with --site, or, if this machine replaces that site, make a token with "skerry-provider token create --site %[2]s --replace"`
+	case NodeExists:
+		return `a node named %[2]q exists in the cluster and is no Skerry site%[3]s: choose another name with --site`
 	case Denied:
 		return `the request of %[2]q to join was denied%[3]s: ask the cluster's operator, then join again with a new token`
 	case Revoked:

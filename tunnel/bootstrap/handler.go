@@ -38,7 +38,7 @@ type Tokens interface {
 // Authority keeps sites' records and lets people see and deny what is asked for.
 type Authority interface {
 	// Lookup returns the record of a site, zero if it never had a certificate;
-	// NameTaken if the name belongs to something that is no site.
+	// NodeExists if the name belongs to something that is no site.
 	Lookup(ctx context.Context, site string) (Record, error)
 
 	// Approve has req approved: Denied if a person said no, Pending if one has yet

@@ -179,7 +179,7 @@ func TestRefusedJoins(t *testing.T) {
 		}, bootstrap.NameTaken, "--replace"},
 		"name of a node that is no site": {func(_ *testing.T, p *provider, c *bootstrap.JoinConfig) {
 			p.keeper.Take("site-a")
-		}, bootstrap.NameTaken, "taken"},
+		}, bootstrap.NodeExists, "choose another name"},
 		"revoked site": {func(t *testing.T, p *provider, c *bootstrap.JoinConfig) {
 			p.join(t, "site-a")
 			p.keeper.Revoke("site-a", "stolen \x1b[31mbox")

@@ -140,7 +140,7 @@ func (m *Memory) Lookup(_ context.Context, site string) (bootstrap.Record, error
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.taken[site] {
-		return bootstrap.Record{}, bootstrap.NameTaken
+		return bootstrap.Record{}, bootstrap.NodeExists
 	}
 	return m.records[site], nil
 }

@@ -210,8 +210,8 @@ func checkRevoked(t *testing.T, f Fixture) {
 
 func checkTaken(t *testing.T, f Fixture) {
 	f.Take("control-plane")
-	if _, err := f.Lookup(t.Context(), "control-plane"); !errors.Is(err, bootstrap.NameTaken) {
-		t.Errorf("Lookup = %v, want %v", err, bootstrap.NameTaken)
+	if _, err := f.Lookup(t.Context(), "control-plane"); !errors.Is(err, bootstrap.NodeExists) {
+		t.Errorf("Lookup = %v, want %v", err, bootstrap.NodeExists)
 	}
 }
 
