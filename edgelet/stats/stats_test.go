@@ -228,7 +228,7 @@ func TestStatus(t *testing.T) {
 		for name, want := range map[corev1.ResourceName][2]string{
 			"cpu":               {"4", "3500m"},
 			"memory":            {"1Gi", "868Mi"}, // less reserved, eviction threshold and huge pages
-			"ephemeral-storage": {"1000", "900"},
+			"ephemeral-storage": {"1k", "900"},
 			"pods":              {"110", "110"},
 			"hugepages-2Mi":     {"32Mi", "32Mi"},
 		} {
