@@ -45,6 +45,14 @@ func start(t *testing.T) (*containerd.Instance, *cri.Client) {
 		if err := i.Stop(context.Background()); err != nil {
 			t.Error(err)
 		}
+		// The pods' parent cgroup, of v2 or of each controller of v1.
+		for _, pattern := range []string{"/sys/fs/cgroup/skerry-suite", "/sys/fs/cgroup/*/skerry-suite"} {
+			for _, dir := range glob(t, pattern) {
+				if err := os.Remove(dir); err != nil {
+					t.Error(err)
+				}
+			}
+		}
 	})
 	client, err := cri.Dial(cri.Config{Endpoint: i.Endpoint, QueryTimeout: 2 * time.Second})
 	if err != nil {
@@ -52,6 +60,15 @@ func start(t *testing.T) (*containerd.Instance, *cri.Client) {
 	}
 	t.Cleanup(func() { client.Close() })
 	return i, client
+}
+
+func glob(t *testing.T, pattern string) []string {
+	t.Helper()
+	found, err := filepath.Glob(pattern)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return found
 }
 
 func TestContainerdFulfilsTheContract(t *testing.T) {

@@ -3,8 +3,9 @@
 // It needs root, containerd, ctr, runc and the CNI plugins, and no network.
 //
 // All that an instance makes lies in its directory or bears its name, so that
-// [Cleanup] can remove it after a kill -9 too. What stays is the sysctl
-// net.ipv4.ip_forward, which the bridge plugin switches on.
+// [Cleanup] can remove it after a kill -9 too. What stays, since others may share it,
+// is the sysctl net.ipv4.ip_forward, which the bridge plugin switches on, and the
+// portmap plugin's common chains CNI-HOSTPORT-….
 package containerd
 
 import (

@@ -139,7 +139,7 @@ func stopHeeded(t *testing.T, p *pod) {
 
 func stopIgnored(t *testing.T, p *pod) {
 	id := p.start(t, Behaviour{IgnoreTerm: true})
-	p.stop(t, id, time.Second, 900*time.Millisecond, 5*time.Second, exitKilled)
+	p.stop(t, id, 2*time.Second, 1900*time.Millisecond, 5*time.Second, exitKilled)
 }
 
 func stopNow(t *testing.T, p *pod) {
