@@ -33,6 +33,8 @@ import (
 type Objects interface {
 	ConfigMap(namespace, name string) (*corev1.ConfigMap, error)
 	Secret(namespace, name string) (*corev1.Secret, error)
+	// Services lists the services of a namespace and, in any namespace, the API
+	// server's, which is named kubernetes.
 	Services(namespace string) ([]edge.Service, error)
 	Cluster() edge.Cluster
 }

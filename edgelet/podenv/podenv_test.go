@@ -66,7 +66,7 @@ func (o *objects) Cluster() edge.Cluster { return o.cluster }
 
 func resolver(o *objects) *Resolver {
 	if o.services == nil {
-		o.services = map[string][]edge.Service{"shop": nil, "default": nil}
+		o.services = map[string][]edge.Service{"shop": nil}
 	}
 	return New(Config{
 		Objects:  o,
@@ -262,13 +262,11 @@ func TestServices(t *testing.T) {
 		want    string
 		unknown bool
 	}{
-		"links: those of the namespace and the API server":   {held: map[string][]edge.Service{"shop": {headless, dns}, "default": {api, dns}}, want: dnsText + apiText},
-		"no links: the API server alone":                     {held: map[string][]edge.Service{"shop": {dns}, "default": {api, dns}}, links: new(false), want: apiText},
-		"no links: those of the namespace need not be known": {held: map[string][]edge.Service{"default": {api}}, links: new(false), want: apiText},
-		"the API server's may come with the namespace's":     {held: map[string][]edge.Service{"shop": {dns, api}}, want: dnsText + apiText},
-		"the same without links":                             {held: map[string][]edge.Service{"shop": {dns, api}}, links: new(false), want: apiText},
-		"unknown services are waited for":                    {held: map[string][]edge.Service{"default": {api}}, unknown: true},
-		"an unknown API server is waited for":                {held: map[string][]edge.Service{"shop": {dns}}, unknown: true},
+		"links: all that have an address":   {held: map[string][]edge.Service{"shop": {headless, api, dns}}, want: dnsText + apiText},
+		"no links: the API server alone":    {held: map[string][]edge.Service{"shop": {dns, api}}, links: new(false), want: apiText},
+		"none at all":                       {held: map[string][]edge.Service{"shop": nil}},
+		"unknown services are waited for":   {held: map[string][]edge.Service{"default": {api}}, unknown: true},
+		"even by a pod that wants no links": {held: map[string][]edge.Service{"default": {api}}, links: new(false), unknown: true},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -283,7 +281,7 @@ func TestServices(t *testing.T) {
 }
 
 func TestServiceEnvironmentYieldsToTheContainer(t *testing.T) {
-	o := &objects{services: map[string][]edge.Service{"shop": nil, "default": {{Name: "kubernetes", ClusterIP: "10.96.0.1", Ports: []edge.ServicePort{{Port: 443}}}}}}
+	o := &objects{services: map[string][]edge.Service{"shop": {{Name: "kubernetes", ClusterIP: "10.96.0.1", Ports: []edge.ServicePort{{Port: 443}}}}}}
 	c := corev1.Container{Env: []corev1.EnvVar{{Name: "KUBERNETES_SERVICE_HOST", Value: "api:$(KUBERNETES_SERVICE_PORT)"}}}
 	env, err := resolver(o).Env(web(), &c, nil)
 	if err != nil || strings.Count(text(env), "KUBERNETES_SERVICE_HOST=") != 1 || !strings.Contains(text(env), "HOST=api:443\n") {

@@ -16,54 +16,22 @@ import (
 
 // services returns the variables of the services that pod is told of: the API
 // server in any case, those of its namespace unless it declines service links.
-// A site may be sent the API server's service with those of the pod's namespace
-// instead of with those of namespace default.
+// The API server's service comes with those of every namespace.
 func (r *Resolver) services(pod *corev1.Pod) ([]variable, error) {
+	services, err := r.config.Objects.Services(pod.Namespace)
+	if err != nil && !errors.Is(err, edge.ErrAbsent) {
+		// A container without the address of the API server would fail in ways
+		// that are hard to understand: wait instead, as a kubelet does.
+		return nil, fmt.Errorf("services of namespace %q, cannot construct envvars: %w", pod.Namespace, err)
+	}
 	links := pod.Spec.EnableServiceLinks == nil || *pod.Spec.EnableServiceLinks
-	told, err := r.servicesOf(pod.Namespace)
-	if pod.Namespace != corev1.NamespaceDefault {
-		if err != nil && links {
-			return nil, err
-		}
-		own := told
-		told, err = r.servicesOf(corev1.NamespaceDefault)
-		told = slices.DeleteFunc(told, func(s edge.Service) bool { return !isAPIServer(s) })
-		if i := slices.IndexFunc(own, isAPIServer); i >= 0 && (links || err != nil) {
-			told, err = own[i:i+1:i+1], nil
-		}
-		if links {
-			own = slices.DeleteFunc(slices.Clone(own), isAPIServer)
-			told = append(told, own...)
-		}
-	} else if !links {
-		told = slices.DeleteFunc(told, func(s edge.Service) bool { return !isAPIServer(s) })
-	}
-	if err != nil {
-		return nil, err
-	}
-	slices.SortFunc(told, func(a, b edge.Service) int { return cmp.Compare(a.Name, b.Name) })
 	var vars []variable
-	for _, s := range told {
-		if hasIP(s) && len(s.Ports) > 0 {
+	for _, s := range slices.SortedFunc(slices.Values(services), func(a, b edge.Service) int { return cmp.Compare(a.Name, b.Name) }) {
+		if hasIP(s) && len(s.Ports) > 0 && (links || s.Name == "kubernetes") {
 			vars = appendService(vars, s)
 		}
 	}
 	return vars, nil
-}
-
-func isAPIServer(s edge.Service) bool { return s.Name == "kubernetes" && hasIP(s) }
-
-func (r *Resolver) servicesOf(namespace string) ([]edge.Service, error) {
-	services, err := r.config.Objects.Services(namespace)
-	switch {
-	case errors.Is(err, edge.ErrAbsent):
-		return nil, nil
-	case err != nil:
-		// A container without the address of the API server would fail in ways
-		// that are hard to understand: wait instead, as a kubelet does.
-		return nil, fmt.Errorf("services of namespace %q, cannot construct envvars: %w", namespace, err)
-	}
-	return slices.Clone(services), nil
 }
 
 func hasIP(s edge.Service) bool { return s.ClusterIP != "" && s.ClusterIP != corev1.ClusterIPNone }

@@ -139,7 +139,7 @@ func TestInterruptedAtEachStep(t *testing.T) {
 				}
 				removeInterrupted(t, m, n)
 			}
-			if n < 20 {
+			if n < 10 {
 				t.Errorf("only %d steps", n)
 			}
 		})

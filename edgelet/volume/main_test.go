@@ -20,9 +20,10 @@ const inside = "SKERRY_VOLUME_TEST_NAMESPACE"
 // user namespace. Where neither can be had, tests that mount are skipped.
 func TestMain(m *testing.M) {
 	if os.Getenv(inside) != "" {
+		// Some hosts let anyone have a user namespace but do nothing in it.
 		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-			fmt.Fprintln(os.Stderr, "make mounts private:", err)
-			os.Exit(1)
+			fmt.Fprintln(os.Stderr, "no private mounts, tests that mount are skipped:", err)
+			os.Unsetenv(inside)
 		}
 		if os.Getenv(victimDir) != "" {
 			beKilled()

@@ -74,7 +74,7 @@ func TestEmptyDirInMemory(t *testing.T) {
 			if err := unix.Statfs(dirOf(m, "empty-dir"), &s); err != nil || s.Type != unix.TMPFS_MAGIC {
 				t.Fatalf("file system %x, %v", s.Type, err)
 			}
-			if got := int64(s.Blocks) * s.Bsize; tt.want != 0 && got != tt.want || tt.want == 0 && got < 64<<20 {
+			if got := int64(s.Blocks) * int64(s.Bsize); tt.want != 0 && got != tt.want || tt.want == 0 && got < 64<<20 {
 				t.Errorf("size %d, want %d", got, tt.want)
 			}
 			if info, err := os.Stat(dirOf(m, "empty-dir")); err != nil || info.Mode() != os.ModeDir|os.ModeSticky|0o777 {
