@@ -39,6 +39,9 @@ var ownedConditions = map[corev1.PodConditionType]bool{
 // pending again, and no restart count decreases.
 func mergeStatus(pod *corev1.Pod, reported corev1.PodStatus) corev1.PodStatus {
 	current := &pod.Status
+	if terminal(current.Phase) && !terminal(reported.Phase) {
+		return *current.DeepCopy() // a late word of a time before the end
+	}
 	reported = *reported.DeepCopy()
 	cleanText(reflect.ValueOf(&reported).Elem())
 
@@ -52,9 +55,9 @@ func mergeStatus(pod *corev1.Pod, reported corev1.PodStatus) corev1.PodStatus {
 		next.StartTime = reported.StartTime
 	}
 	next.AllocatedResources, next.Resources = reported.AllocatedResources, reported.Resources
-	next.InitContainerStatuses = mergeContainers(containerNames(pod.Spec.InitContainers), current.InitContainerStatuses, reported.InitContainerStatuses)
-	next.ContainerStatuses = mergeContainers(containerNames(pod.Spec.Containers), current.ContainerStatuses, reported.ContainerStatuses)
-	next.EphemeralContainerStatuses = mergeContainers(ephemeralNames(pod.Spec.EphemeralContainers), current.EphemeralContainerStatuses, reported.EphemeralContainerStatuses)
+	next.InitContainerStatuses = mergeContainers(rules(pod, pod.Spec.InitContainers), current.InitContainerStatuses, reported.InitContainerStatuses)
+	next.ContainerStatuses = mergeContainers(rules(pod, pod.Spec.Containers), current.ContainerStatuses, reported.ContainerStatuses)
+	next.EphemeralContainerStatuses = mergeContainers(ephemeralRules(pod.Spec.EphemeralContainers), current.EphemeralContainerStatuses, reported.EphemeralContainerStatuses)
 	next.Conditions = mergeConditions(current.Conditions, reported.Conditions)
 	next.Conditions = gateReady(pod, next.Conditions, reported.Conditions)
 	return next
@@ -84,17 +87,49 @@ func nextPhase(current, reported corev1.PodPhase) corev1.PodPhase {
 	return current
 }
 
+// A restartRule says whether a container that has ended with a code may run again.
+type restartRule func(exitCode int32) bool
+
+// rules returns by name the containers that a status may be about.
+func rules(pod *corev1.Pod, containers []corev1.Container) map[string]restartRule {
+	rules := make(map[string]restartRule, len(containers))
+	for _, c := range containers {
+		rules[c.Name] = func(exitCode int32) bool {
+			switch {
+			case c.RestartPolicy != nil, pod.Spec.RestartPolicy == corev1.RestartPolicyAlways, pod.Spec.RestartPolicy == "":
+				return true
+			}
+			return pod.Spec.RestartPolicy == corev1.RestartPolicyOnFailure && exitCode != 0
+		}
+	}
+	return rules
+}
+
+func ephemeralRules(containers []corev1.EphemeralContainer) map[string]restartRule {
+	rules := make(map[string]restartRule, len(containers))
+	for _, c := range containers {
+		rules[c.Name] = func(int32) bool { return false }
+	}
+	return rules
+}
+
 // mergeContainers keeps of what is reported the containers that the spec names,
-// each once.
-func mergeContainers(names []string, current, reported []corev1.ContainerStatus) []corev1.ContainerStatus {
+// each once. What has ended for good stays as it ended: the API server would
+// refuse the whole status for it.
+func mergeContainers(rules map[string]restartRule, current, reported []corev1.ContainerStatus) []corev1.ContainerStatus {
 	var next []corev1.ContainerStatus
 	for _, r := range reported {
-		if !slices.Contains(names, r.Name) || slices.ContainsFunc(next, func(n corev1.ContainerStatus) bool { return n.Name == r.Name }) {
+		mayRestart, known := rules[r.Name]
+		if !known || slices.ContainsFunc(next, func(n corev1.ContainerStatus) bool { return n.Name == r.Name }) {
 			continue
 		}
 		for _, c := range current {
-			if c.Name == r.Name {
-				r.RestartCount = max(r.RestartCount, c.RestartCount)
+			if c.Name != r.Name {
+				continue
+			}
+			r.RestartCount = max(r.RestartCount, c.RestartCount)
+			if c.State.Terminated != nil && r.State.Terminated == nil && !mayRestart(c.State.Terminated.ExitCode) {
+				r = c
 			}
 		}
 		next = append(next, r)
@@ -103,22 +138,6 @@ func mergeContainers(names []string, current, reported []corev1.ContainerStatus)
 		return current
 	}
 	return next
-}
-
-func containerNames(containers []corev1.Container) []string {
-	names := make([]string, len(containers))
-	for i, c := range containers {
-		names[i] = c.Name
-	}
-	return names
-}
-
-func ephemeralNames(containers []corev1.EphemeralContainer) []string {
-	names := make([]string, len(containers))
-	for i, c := range containers {
-		names[i] = c.Name
-	}
-	return names
 }
 
 // mergeConditions takes the owned conditions as reported and all others as they
