@@ -152,3 +152,20 @@ func TestContainersOutliveTheDaemon(t *testing.T) {
 		t.Errorf("containers after a restart = %v, %v", list, err)
 	}
 }
+
+func TestImportOfSeveralArchitectures(t *testing.T) {
+	i, _ := start(t)
+	const name = "skerry.test/pause:multi"
+	image, err := images.Pause(t.Context(), name, "amd64", "arm64")
+	if err != nil {
+		t.Fatal(err)
+	}
+	archive := filepath.Join(t.TempDir(), "pause.tar")
+	if err := images.Write(archive, image); err != nil {
+		t.Fatal(err)
+	}
+	if err := i.Import(t.Context(), archive); err != nil {
+		t.Fatal(err)
+	}
+	runPod(t, i, "skerry.test/busybox:1")
+}
