@@ -28,6 +28,7 @@ type Config struct {
 	OnRTT   func(time.Duration) // after each measured round trip
 	OnOpen  func(delta int)     // +1 when a stream begins, -1 when it is closed here
 	OnQueue func(bytes int)     // how much should wait unsent below the connection
+	OnEnd   func()              // once Done is closed
 }
 
 const (
@@ -279,6 +280,9 @@ func (s *Session) Streams() int {
 func (s *Session) fail(err error) {
 	if s.end(err) {
 		s.guard.conn.Close() // not under the lock: it may wait for a Write
+		if s.cfg.OnEnd != nil {
+			s.cfg.OnEnd()
+		}
 	}
 }
 
