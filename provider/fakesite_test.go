@@ -262,7 +262,10 @@ func (d direct) RoundTrip(r *http.Request) (*http.Response, error) {
 	r.Body = io.NopCloser(bytes.NewReader(body))
 	w := httptest.NewRecorder()
 	d.handler.ServeHTTP(w, r)
-	return w.Result(), r.Context().Err()
+	if err := r.Context().Err(); err != nil {
+		return nil, err
+	}
+	return w.Result(), nil
 }
 
 func runningStatus(pod *corev1.Pod) corev1.PodStatus {

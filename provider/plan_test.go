@@ -1,18 +1,18 @@
 package provider
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"reflect"
 	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
-	"context"
-	"errors"
 
 	"github.com/skerry-io/skerry/api/edge"
 )
@@ -210,43 +210,54 @@ func TestNodeStatus(t *testing.T) {
 func TestWheelRenewsEveryTenSecondsAndRetriesWithinOne(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
+		var mu sync.Mutex
 		var renewed []time.Time
 		fail := 0
 		var departed int
 		w := newWheel(func(context.Context, string) error {
+			mu.Lock()
+			defer mu.Unlock()
 			renewed = append(renewed, time.Now())
 			if fail > 0 {
 				fail--
 				return errors.New("refused")
 			}
 			return nil
-		}, func(context.Context, string) error { departed++; return nil })
+		}, func(context.Context, string) error { mu.Lock(); defer mu.Unlock(); departed++; return nil })
 		ended := make(chan error)
 		go func() { ended <- w.run(ctx) }()
 		begun := time.Now()
 		w.join("a")
-		time.Sleep(60*time.Second + time.Millisecond)
+		pass := func(d time.Duration) {
+			mu.Unlock()
+			time.Sleep(d)
+			synctest.Wait()
+			mu.Lock()
+		}
+		mu.Lock()
+		pass(60*time.Second + time.Millisecond)
 		if len(renewed) != 7 || renewed[0].Sub(begun) != 0 {
 			t.Errorf("renewed %d times in a minute, first after %v", len(renewed), renewed[0].Sub(begun))
 		}
 		fail, renewed = 3, nil
-		time.Sleep(14 * time.Second)
+		pass(14 * time.Second)
 		if len(renewed) != 4 {
 			t.Errorf("%d tries with three failures, want 4", len(renewed))
 		}
 		renewed = nil
 		w.leave("a")
-		time.Sleep(3 * time.Second)
+		pass(3 * time.Second)
 		if departed != 1 {
 			t.Errorf("departed %d times", departed)
 		}
 		w.join("b")
 		w.leave("b")
 		w.join("b")
-		time.Sleep(5 * time.Second)
+		pass(5 * time.Second)
 		if departed != 1 {
 			t.Error("departed was called for a site that is back")
 		}
+		mu.Unlock()
 		cancel()
 		if err := <-ended; err != nil {
 			t.Error(err)

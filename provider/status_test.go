@@ -177,7 +177,7 @@ func FuzzClean(f *testing.F) {
 func TestStatusPatchIsForOnePodAtOneVersionOnly(t *testing.T) {
 	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{UID: "u1", ResourceVersion: "7"}}
 	patch, err := statusPatch(pod, corev1.PodStatus{Phase: corev1.PodRunning})
-	if want := `{"metadata":{"resourceVersion":"7","uid":"u1"},"status":{"phase":"Running"}}`; err != nil || string(patch) != want {
+	if want := `{"metadata":{"uid":"u1","resourceVersion":"7"},"status":{"phase":"Running"}}`; err != nil || string(patch) != want {
 		t.Errorf("patch = %s, %v, want %s", patch, err, want)
 	}
 }

@@ -365,6 +365,12 @@ func (p *sitePort) add(c net.Conn) bool {
 
 func (p *sitePort) over() bool { return p.ctx.Err() != nil }
 
+// Close implements net.Listener, for the HTTP server.
+func (p *sitePort) Close() error {
+	p.shut()
+	return nil
+}
+
 // shut closes the listener and every connection, also those that became streams.
 func (p *sitePort) shut() {
 	p.cancel(errPortClosed)

@@ -578,6 +578,22 @@ func TestSitesHavePortsOfTheirOwnThatStay(t *testing.T) {
 	f.server.Close("unknown")
 }
 
+func TestClosingAPortEndsIdleConnections(t *testing.T) {
+	f := newFixture(t, http.HandlerFunc(echo))
+	conn, r, resp := f.upgrade(apiServer, "GET", "berlin", "/pods", "")
+	_, err := io.Copy(io.Discard, resp.Body)
+	must(t, err)
+	other, _, _ := f.upgrade(apiServer, "GET", "oslo", "/pods", "")
+	f.server.Close("berlin")
+	if _, err := r.ReadByte(); err == nil || errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("connection of a closed port: %v", err)
+	}
+	if _, err := io.WriteString(other, "GET /pods HTTP/1.1\r\nHost: node\r\n\r\n"); err != nil {
+		t.Errorf("connection of another port: %v", err)
+	}
+	conn.Close()
+}
+
 func TestPortsRunOut(t *testing.T) {
 	f := newFixture(t, nil)
 	f.server.first, f.server.last = 22000, 22002
