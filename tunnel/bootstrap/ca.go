@@ -162,7 +162,7 @@ func (ca *CA) IssueServer(names []string, now time.Time, life time.Duration) (*t
 		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 		BasicConstraintsValid: true,
 	}
-	for _, name := range names {
+	for _, name := range append([]string{ServerName}, names...) {
 		if ip := net.ParseIP(name); ip != nil {
 			template.IPAddresses = append(template.IPAddresses, ip)
 		} else {

@@ -15,6 +15,7 @@ type limiter struct {
 	mu      sync.Mutex // guards what follows
 	all     bucket
 	sources map[netip.Prefix]*bucket
+	swept   time.Time // when the quiet sources were last forgotten
 }
 
 // A rate is a token bucket's: so many per second, so many at once.
@@ -40,7 +41,7 @@ func (l *limiter) allow(source string, now time.Time) bool {
 	defer l.mu.Unlock()
 	b, ok := l.sources[key]
 	if !ok {
-		if len(l.sources) >= maxSources {
+		if len(l.sources) >= maxSources && now.Sub(l.swept) >= time.Second {
 			l.forget(now)
 		}
 		if len(l.sources) >= maxSources {
@@ -55,6 +56,7 @@ func (l *limiter) allow(source string, now time.Time) bool {
 
 // forget drops the sources whose buckets have emptied.
 func (l *limiter) forget(now time.Time) {
+	l.swept = now
 	for key, b := range l.sources {
 		if b.leak(l.perSource, now); b.level == 0 {
 			delete(l.sources, key)

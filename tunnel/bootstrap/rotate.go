@@ -31,12 +31,15 @@ type Rotator struct {
 	log     *slog.Logger
 	nudge   chan struct{} // holds at most one
 
-	asked time.Time // when Run last asked the provider; owned by Run
+	// Owned by Run.
+	asked time.Time     // when it last asked the provider
+	gap   time.Duration // least time from then to the next check that is asked for
 }
 
 const (
 	checkEvery = time.Hour   // the machine's clock may have been set meanwhile
-	nudgeGap   = time.Minute // least time between checks that were asked for
+	nudgeGap   = time.Minute // least time between checks that were asked for; it doubles
+	nudgeLimit = 16          // times, as long as they find nothing, up to so many
 )
 
 // NewRotator returns a rotator; Run does its work.
@@ -55,6 +58,7 @@ func NewRotator(config RotatorConfig) (*Rotator, error) {
 		renewed: config.Renewed,
 		log:     cmp.Or(config.Log, slog.Default()),
 		nudge:   make(chan struct{}, 1),
+		gap:     nudgeGap,
 	}, nil
 }
 
@@ -88,11 +92,7 @@ func (r *Rotator) Run(ctx context.Context) error {
 		if err == nil {
 			nudged, failures, last = false, 0, ""
 		} else {
-			// One line per change: a site that is offline says so once.
-			if code, _ := errors.AsType[Code](err); code != last || failures == 0 {
-				r.log.Warn("certificate not renewed; trying again", "until", r.id.Certificate().NotAfter, "err", err)
-				last = code
-			}
+			last = r.complain(err, last)
 			wait = retryAfter(err, failures)
 			failures++
 		}
@@ -104,6 +104,24 @@ func (r *Rotator) Run(ctx context.Context) error {
 	}
 }
 
+// complain logs err if it matters and is not what was logged last, which it
+// returns: a site that is offline says so once.
+func (r *Rotator) complain(err error, last Code) Code {
+	code, _ := errors.AsType[Code](err)
+	if !r.due() && passing(err) {
+		// Asked for by a nudge, and whoever nudged has said what is wrong.
+		r.log.Debug("provider's time not known", "err", err)
+		return last
+	}
+	if cmp.Or(code, Unavailable) != last {
+		r.log.Warn("certificate not renewed; trying again", "until", r.id.Certificate().NotAfter, "err", err)
+	}
+	return cmp.Or(code, Unavailable)
+}
+
+// due reports whether the certificate should be renewed now.
+func (r *Rotator) due() bool { return !r.id.Now().Before(r.id.due()) }
+
 // wait returns after d, or soon after a nudge, but nudgeGap after the last check.
 func (r *Rotator) wait(ctx context.Context, d time.Duration) (nudged bool, err error) {
 	timer := time.NewTimer(d)
@@ -114,7 +132,7 @@ func (r *Rotator) wait(ctx context.Context, d time.Duration) (nudged bool, err e
 	case <-timer.C:
 		return false, nil
 	case <-r.nudge:
-		gap := max(0, nudgeGap-time.Since(r.asked))
+		gap := max(0, r.gap-time.Since(r.asked))
 		return true, backoff.Sleep(ctx, gap+backoff.Delay(0, 2*time.Second, 2*time.Second))
 	}
 }
@@ -130,15 +148,18 @@ func retryAfter(err error, n int) time.Duration {
 
 // check renews the certificate if that is due, after making sure of the time.
 func (r *Rotator) check(ctx context.Context, nudged bool) error {
-	due := func() bool { return !r.id.Now().Before(r.id.due()) }
-	if !nudged && !due() && !r.id.clock.behind() {
+	if !nudged && !r.due() && !r.id.clock.behind() {
 		return nil
+	}
+	if time.Since(r.asked) > checkEvery {
+		r.gap = nudgeGap
 	}
 	r.asked = time.Now()
 	if err := r.remote().askTime(ctx, nil); err != nil {
 		return err
 	}
-	if !due() {
+	if !r.due() {
+		r.gap = min(2*r.gap, nudgeLimit*nudgeGap)
 		return nil
 	}
 	return r.Renew(ctx)
