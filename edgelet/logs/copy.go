@@ -35,15 +35,16 @@ var errEnough = errors.New("limit reached")
 // A Reader copies logs. It may be used from any goroutine, and holds nothing
 // between copies.
 type Reader struct {
-	root string
-	poll time.Duration
-	log  *slog.Logger
+	root   string
+	poll   time.Duration // between looks at a log that is followed, should inotify miss something
+	settle time.Duration // see there
+	log    *slog.Logger
 }
 
 // NewReader returns a reader of the logs beneath root, normally /var/log/pods. A
 // nil logger is slog.Default().
 func NewReader(root string, log *slog.Logger) *Reader {
-	return &Reader{root: root, poll: time.Second, log: cmp.Or(log, slog.Default())}
+	return &Reader{root: root, poll: time.Second, settle: settle, log: cmp.Or(log, slog.Default())}
 }
 
 // Copy writes a container's log to w: its text, without what the runtime has

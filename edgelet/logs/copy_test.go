@@ -117,6 +117,7 @@ func TestCopy(t *testing.T) {
 		"a line that is still being written":   {"2026-01-02T15:04:05Z stdout F one\n2026-01-02T15:04:05Z stdout P tw", all(), "one\ntw"},
 		"the tail of such a line":              {"2026-01-02T15:04:05Z stdout F one\n2026-01-02T15:04:05Z stdout P tw\n", with(func(r *Request) { r.Tail = 1 }), "tw"},
 		"a header that is still being written": {"2026-01-02T15:04:05Z stdout F one\n2026-01-02T15:04:05Z std", all(), "one\n"},
+		"rubbish that looks like a header":     {"0000-00000T\n2026-01-02T15:04:05Z stdout F one\n", with(func(r *Request) { r.Timestamps = true }), "2026-01-02T15:04:05.000000000Z one\n"},
 		"nothing but rubbish":                  {"\n\n\x00\xff " + strings.Repeat("x", 300) + "\n \n2026-01-02T15:04:05Z stdin F no\n", all(), ""},
 	}
 	for name, tt := range tests {
@@ -167,6 +168,17 @@ func TestTailAcrossBlocksAndFiles(t *testing.T) {
 		if want := texts(max(total-n, 0), min(n, total)); err != nil || got != want {
 			t.Errorf("tail %d: %d lines, error %v, begins %.20q", n, strings.Count(got, "\n"), err, got)
 		}
+	}
+}
+
+// A text that looks like a record, at the very beginning of a block, is none.
+func TestTailIsNotMisledByText(t *testing.T) {
+	const header = "2026-01-02T15:04:05Z stdout F "
+	s := newSite(t)
+	text := header + strings.Repeat("y", bufferSize-maxHeader-len(header)-1)
+	s.write("0.log", header+"x"+text+"\n")
+	if got, err := s.copy(with(func(r *Request) { r.Tail = 1 })); err != nil || got != "x"+text+"\n" {
+		t.Errorf("%d bytes, error %v, want %d", len(got), err, len(text)+2)
 	}
 }
 

@@ -2,6 +2,7 @@ package logs
 
 import (
 	"context"
+	"errors"
 	"os"
 	"strconv"
 	"time"
@@ -21,7 +22,10 @@ const coalesce = 20 * time.Millisecond
 // follow copies *f and the files that come after it until the container has
 // ended. It leaves the last of them in *f, for the caller to close.
 func (r *Reader) follow(ctx context.Context, d *dir, c *copier, f **os.File) error {
-	watch := newWatch(d)
+	watch, err := newWatch(d)
+	if err != nil {
+		r.log.Debug("a log is followed without inotify", "log", c.req.Path, "err", err)
+	}
 	defer watch.close()
 	complete := false // *f seemed to be, already in the round before
 	for {
@@ -50,7 +54,7 @@ func (r *Reader) follow(ctx context.Context, d *dir, c *copier, f **os.File) err
 			return err
 		}
 		if complete {
-			err = watch.pause(ctx, settle)
+			err = watch.pause(ctx, r.settle)
 		} else {
 			err = watch.wait(ctx, r.poll)
 		}
@@ -114,20 +118,20 @@ type watch struct {
 	timer             *time.Timer
 }
 
-func newWatch(d *dir) *watch {
+// newWatch returns a watch in any case, and with it why it has no inotify.
+func newWatch(d *dir) (*watch, error) {
 	w := &watch{timer: time.NewTimer(0)}
 	w.timer.Stop()
 	notify, err := fsnotify.NewWatcher()
 	if err != nil {
-		return w
+		return w, err
 	}
 	// By its descriptor, so that it is the directory that was opened.
-	if notify.Add("/proc/self/fd/"+strconv.Itoa(int(d.Fd()))) != nil {
-		notify.Close()
-		return w
+	if err := notify.Add("/proc/self/fd/" + strconv.Itoa(int(d.Fd()))); err != nil {
+		return w, errors.Join(err, notify.Close())
 	}
 	w.Watcher = notify
-	return w
+	return w, nil
 }
 
 func (w *watch) close() {

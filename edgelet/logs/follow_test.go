@@ -98,6 +98,18 @@ func TestFollowSendsAtOnceAndEndsWithTheContainer(t *testing.T) {
 	f.end(texts(1, 6))
 }
 
+func TestFollowWaitsForTheLastWords(t *testing.T) {
+	s := newSite(t)
+	s.r.poll, s.r.settle = 5*time.Millisecond, time.Second
+	s.write("0.log", lines(0, 1))
+	f := s.follow(t, t.Context(), all())
+	f.expect(texts(0, 1))
+	f.ended.Store(true)
+	time.Sleep(100 * time.Millisecond)
+	s.append("0.log", lines(1, 1))
+	f.end(texts(0, 2))
+}
+
 func TestFollowWithoutInotify(t *testing.T) {
 	s := newSite(t)
 	s.write("0.log", "")

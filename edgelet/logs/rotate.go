@@ -10,32 +10,31 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// An OpenLog is a log that a runtime is writing.
-type OpenLog = struct {
-	ContainerID string
-	Path        string // of the current file, beneath the root
+// Runtime is the part of CRI that a rotator needs. Package cri implements it.
+type Runtime interface {
+	ListContainers(ctx context.Context) ([]*cri.Container, error)
+	ContainerStatus(ctx context.Context, id string) (*cri.ContainerStatus, error)
+	// ReopenContainerLog makes the runtime close a container's log and begin a new one.
+	ReopenContainerLog(ctx context.Context, id string) error
 }
 
-// RotatorConfig configures a [Rotator]. Running and Reopen are required.
+// RotatorConfig configures a [Rotator]. Runtime is required.
 type RotatorConfig struct {
-	Root     string        // default /var/log/pods
+	Runtime  Runtime
+	Root     string        // default /var/log/pods; logs elsewhere are left alone
 	MaxSize  int64         // bytes of the current file, default 10 MiB; what is written within a look may come on top
 	MaxFiles int           // of one log, the current one among them; default 5, at least 2
 	Every    time.Duration // between two looks, default 10s; 1s while a log grows by half MaxSize within a look
-
-	// Running lists the logs of running containers.
-	Running func(ctx context.Context) ([]OpenLog, error)
-	// Reopen makes the runtime close a container's log and begin a new one.
-	Reopen func(ctx context.Context, containerID string) error
-
-	Log *slog.Logger // default slog.Default()
+	Log      *slog.Logger  // default slog.Default()
 }
 
 // A Rotator keeps the logs of running containers within bounds, in size and in
@@ -43,8 +42,14 @@ type RotatorConfig struct {
 // before, so that who reads it may finish. A kill or a power cut at any point
 // loses no record and needs no repair but what the next look does by itself.
 type Rotator struct {
-	cfg   RotatorConfig
-	sizes map[string]int64 // at the last look, by path; owned by Run
+	cfg  RotatorConfig
+	logs map[string]openLog // as of the last look, by container ID; owned by Run
+}
+
+// An openLog is a log that the runtime is writing.
+type openLog struct {
+	path string // of the current file, beneath the root
+	size int64  // at the last look, bytes; negative: there was none
 }
 
 // NewRotator returns a rotator that does nothing before Run.
@@ -73,33 +78,63 @@ func (r *Rotator) Run(ctx context.Context) error {
 
 // look rotates what is due and returns when to look again.
 func (r *Rotator) look(ctx context.Context) time.Duration {
-	running, err := r.cfg.Running(ctx)
+	running, err := r.running(ctx)
 	if err != nil {
 		r.cfg.Log.Warn("cannot list logs to rotate", "err", err)
 		return r.cfg.Every
 	}
 	next := r.cfg.Every
-	sizes := make(map[string]int64, len(running))
-	for _, log := range running {
-		size, err := r.tend(ctx, log)
+	for id, log := range running {
+		size, err := r.tend(ctx, id, log.path)
 		if err != nil && ctx.Err() == nil {
-			r.cfg.Log.Warn("cannot rotate log", "log", log.Path, "container", log.ContainerID, "err", err)
+			r.cfg.Log.Warn("cannot rotate log", "log", log.path, "container", id, "err", err)
 		}
-		if before, known := r.sizes[log.Path]; known && size-before > r.cfg.MaxSize/2 {
+		if log.size >= 0 && size-log.size > r.cfg.MaxSize/2 {
 			next = min(next, time.Second)
 		}
-		if size >= r.cfg.MaxSize {
-			size = 0 // rotated
+		if log.size = size; size >= r.cfg.MaxSize {
+			log.size = 0 // rotated
 		}
-		sizes[log.Path] = size
+		running[id] = log
 	}
-	r.sizes = sizes
+	r.logs = running
 	return next
 }
 
+// running returns the logs of all running containers. Where a container's log is
+// never changes, so that the runtime is asked but once.
+func (r *Rotator) running(ctx context.Context) (map[string]openLog, error) {
+	containers, err := r.cfg.Runtime.ListContainers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	running := make(map[string]openLog, len(r.logs))
+	for _, c := range containers {
+		if c.State != cri.ContainerState_CONTAINER_RUNNING {
+			continue
+		}
+		log, known := r.logs[c.Id]
+		if !known {
+			status, err := r.cfg.Runtime.ContainerStatus(ctx, c.Id)
+			if err != nil {
+				r.cfg.Log.Debug("cannot find log to rotate", "container", c.Id, "err", err)
+				continue // it has gone, or will be asked for at the next look
+			}
+			log.size = -1
+			if rel, err := filepath.Rel(r.cfg.Root, status.LogPath); err == nil && filepath.IsLocal(rel) {
+				log.path = filepath.ToSlash(rel)
+			}
+		}
+		if log.path != "" { // else without a log, or not ours
+			running[c.Id] = log
+		}
+	}
+	return running, nil
+}
+
 // tend rotates one log if it is due, and returns the size that it had.
-func (r *Rotator) tend(ctx context.Context, log OpenLog) (size int64, err error) {
-	d, err := openDir(r.cfg.Root, log.Path)
+func (r *Rotator) tend(ctx context.Context, id, path string) (size int64, err error) {
+	d, err := openDir(r.cfg.Root, path)
 	if err != nil {
 		return 0, err
 	}
@@ -108,7 +143,7 @@ func (r *Rotator) tend(ctx context.Context, log OpenLog) (size int64, err error)
 	if errors.Is(err, fs.ErrNotExist) {
 		// A crash between renaming and reopening: the runtime still writes to the
 		// renamed file.
-		return 0, r.cfg.Reopen(ctx, log.ContainerID)
+		return 0, r.cfg.Runtime.ReopenContainerLog(ctx, id)
 	}
 	if err != nil {
 		return 0, err
@@ -118,7 +153,7 @@ func (r *Rotator) tend(ctx context.Context, log OpenLog) (size int64, err error)
 	if err != nil || info.Size() < r.cfg.MaxSize {
 		return info.Size(), err
 	}
-	return info.Size(), r.rotate(ctx, d, log.ContainerID)
+	return info.Size(), r.rotate(ctx, d, id)
 }
 
 // rotate makes room and then the current file the newest of the rotated ones. A
@@ -148,7 +183,7 @@ func (r *Rotator) rotate(ctx context.Context, d *dir, id string) error {
 	if err := d.rename(d.base, name); err != nil {
 		return fmt.Errorf("rename to %s: %w", name, err)
 	}
-	if err := r.cfg.Reopen(ctx, id); err != nil {
+	if err := r.cfg.Runtime.ReopenContainerLog(ctx, id); err != nil {
 		// Unless the runtime has begun a new file after all, put things back.
 		if back := d.rename(name, d.base); back != nil && !errors.Is(back, fs.ErrExist) {
 			err = errors.Join(err, back)

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
 // files lists a container's directory.
@@ -27,15 +29,46 @@ func (s *site) files() []string {
 	return names
 }
 
-// rotator rotates logs of more than 1000 bytes. Its runtime creates the new file.
+// rotator rotates logs of more than 1000 bytes. Reopen is the runtime's part.
 func (s *site) rotator(reopen func() error) *Rotator {
-	return NewRotator(RotatorConfig{
-		Root: s.root, MaxSize: 1000, Log: slog.New(slog.DiscardHandler),
-		Running: func(context.Context) ([]OpenLog, error) {
-			return []OpenLog{{ContainerID: "id", Path: podDir + "/c/0.log"}}, nil
-		},
-		Reopen: func(context.Context, string) error { return reopen() },
-	})
+	return NewRotator(RotatorConfig{Runtime: &fakeRuntime{s, reopen, 0}, Root: s.root, MaxSize: 1000, Log: slog.New(slog.DiscardHandler)})
+}
+
+// A fakeRuntime runs one container of the site's, has ended another, and runs one
+// with its log elsewhere.
+type fakeRuntime struct {
+	site   *site
+	reopen func() error
+	asked  int // for statuses
+}
+
+func (f *fakeRuntime) ListContainers(context.Context) ([]*cri.Container, error) {
+	return []*cri.Container{
+		{Id: "gone", State: cri.ContainerState_CONTAINER_RUNNING},
+		{Id: "id", State: cri.ContainerState_CONTAINER_RUNNING},
+		{Id: "ended", State: cri.ContainerState_CONTAINER_EXITED},
+		{Id: "foreign", State: cri.ContainerState_CONTAINER_RUNNING},
+	}, nil
+}
+
+func (f *fakeRuntime) ContainerStatus(_ context.Context, id string) (*cri.ContainerStatus, error) {
+	switch id {
+	case "id":
+		f.asked++
+		return &cri.ContainerStatus{LogPath: f.site.path("0.log")}, nil
+	case "foreign":
+		return &cri.ContainerStatus{LogPath: "/var/log/other.log"}, nil
+	case "ended":
+		f.site.t.Error("asked for a container that has ended")
+	}
+	return nil, errors.New("no such container")
+}
+
+func (f *fakeRuntime) ReopenContainerLog(_ context.Context, id string) error {
+	if id != "id" {
+		f.site.t.Errorf("reopened log of %s", id)
+	}
+	return f.reopen()
 }
 
 func TestRotationKeepsTheNewestFiles(t *testing.T) {
@@ -173,6 +206,9 @@ func TestTorrentIsLookedAtMoreOften(t *testing.T) {
 	for i, n := range []int{1, 1, 15, 1, 50} {
 		s.append("0.log", lines(100*i, n))
 		waits = append(waits, r.look(t.Context()))
+	}
+	if n := r.cfg.Runtime.(*fakeRuntime).asked; n != 1 {
+		t.Errorf("asked %d times where the log is, want once", n)
 	}
 	if want := []time.Duration{10e9, 10e9, 1e9, 10e9, 1e9}; !slices.Equal(waits, want) {
 		t.Errorf("waits %v, want %v", waits, want)
