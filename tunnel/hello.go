@@ -135,8 +135,12 @@ func welcome(ctx context.Context, m *mux.Session, accept func(Hello) (Hello, err
 	st.SetWriteDeadline(time.Now().Add(handshakeTimeout))
 	if err != nil {
 		say(st, message{Refused: err.Error()})
-		st.SetReadDeadline(time.Now().Add(time.Second))
-		st.Read(make([]byte, 1)) // until the peer has read it and closes
+		timer := time.NewTimer(time.Second)
+		defer timer.Stop()
+		select {
+		case <-m.Done(): // the peer has read it
+		case <-timer.C:
+		}
 		return Hello{}, fmt.Errorf("refused: %w", err)
 	}
 	return peer, say(st, message{Hello: answer})

@@ -152,3 +152,5 @@ func (c *countedConn) Write(p []byte) (int, error) {
 	c.wrote(n)
 	return n, err
 }
+
+func (c *countedConn) CloseWrite() error { return closeWrite(c.Conn) }

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -19,6 +20,9 @@ import (
 const (
 	// webTimeout bounds reading, and then answering, a plain HTTPS request.
 	webTimeout = 30 * time.Second
+
+	// lingerTime is how long a connection is kept after a failed handshake.
+	lingerTime = time.Second
 
 	// stopTime is how long Serve waits for what it started.
 	stopTime = 10 * time.Second
@@ -160,6 +164,16 @@ type released struct {
 	release func()
 }
 
+func (c *released) CloseWrite() error { return closeWrite(c.Conn) }
+
+// closeWrite half-closes conn if it can be.
+func closeWrite(conn net.Conn) error {
+	if half, ok := conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}
+
 func (c *released) Close() error {
 	defer c.release()
 	return c.Conn.Close()
@@ -236,7 +250,7 @@ func (v *serving) handle(ctx context.Context, raw net.Conn, setUnsent func(int),
 	err := handshake(ctx, conn)
 	<-v.handshakes
 	if err != nil {
-		raw.Close()
+		v.linger(raw)
 		v.log().Debug("TLS handshake failed", "remote", raw.RemoteAddr(), "error", err)
 		return
 	}
@@ -253,6 +267,18 @@ func (v *serving) handle(ctx context.Context, raw net.Conn, setUnsent func(int),
 	select {
 	case <-ended: // the tunnel must stay until then
 	case <-ctx.Done():
+	}
+}
+
+// linger closes a connection so that what was last written to it, an alert,
+// still arrives: it reads what the peer has sent already, for a moment.
+func (v *serving) linger(conn net.Conn) {
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(lingerTime))
+	if half, ok := conn.(interface{ CloseWrite() error }); ok && half.CloseWrite() == nil {
+		stop := context.AfterFunc(v.ctx, func() { conn.Close() })
+		defer stop()
+		io.CopyN(io.Discard, conn, maxHeader)
 	}
 }
 

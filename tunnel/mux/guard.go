@@ -9,8 +9,16 @@ import (
 	"time"
 )
 
-// keptFrame is the size of a buffer that an idle session keeps.
-const keptFrame = 1 << 10
+const (
+	// keptFrame is the size of a buffer that an idle session keeps.
+	keptFrame = 1 << 10
+
+	// maxParked bounds what is received for streams that nobody has accepted yet.
+	maxParked = 2 << 20
+
+	// lastWords is how long after a failed write the peer's reason may take to be read.
+	lastWords = 200 * time.Millisecond
+)
 
 // A guard is the connection as yamux sees it. It takes note of each frame that
 // passes, keeps from yamux what the peer must not send, and adds frames that
@@ -147,6 +155,13 @@ func (g *guard) write(h header, body []byte) error {
 	}
 	<-g.out
 	if err != nil {
+		// What the peer has said last, such as a TLS alert, says more: let the reader find it.
+		timer := time.NewTimer(lastWords)
+		defer timer.Stop()
+		select {
+		case <-g.s.done:
+		case <-timer.C:
+		}
 		return g.failed(err)
 	}
 	g.s.frame.Store(int64(frame - headerSize))
@@ -241,6 +256,15 @@ func (s *Session) takes(st *Stream, n int) bool {
 		s.abort(st, ErrReset) // nobody is going to read it
 		return false
 	}
+	if s.unclaimed[st.id] == st {
+		// yamux keeps what nobody has accepted, even after an abort.
+		if s.parked+n > maxParked {
+			s.abort(st, ErrUnread)
+			return false
+		}
+		s.parked += n
+		st.parked += n
+	}
 	st.unread += n
 	st.peak = max(st.peak, st.unread)
 	s.unread += n
@@ -266,6 +290,7 @@ func (s *Session) ended(st *Stream, flags uint16) {
 	}
 	if flags&flagRST != 0 {
 		st.err = ErrReset
+		st.y = nil
 	}
 	if st.err != nil || st.finIn && st.finOut {
 		s.forget(st)
@@ -320,6 +345,7 @@ func (s *Session) abort(st *Stream, err error) {
 	st.changed.Broadcast()
 	if st.y != nil {
 		st.y.SetReadDeadline(time.Unix(1, 0)) // wake its reader
+		st.y = nil                            // with what nobody is going to read
 	}
 }
 

@@ -19,7 +19,7 @@ import (
 type Config struct {
 	MaxStreams int // that each side may have open at once; default 256
 	Window     int // unread bytes of one stream; default 512 KiB, at least 256 KiB
-	Budget     int // unread bytes of all streams; default 16 MiB
+	Budget     int // unread bytes of all streams; default 8 MiB
 
 	PingInterval time.Duration // default 15s on the client, 5m on the server
 	Timeout      time.Duration // silence after which the peer is given up; default 28s
@@ -51,7 +51,7 @@ func (c Config) withDefaults(client bool) Config {
 	}
 	c.MaxStreams = cmp.Or(c.MaxStreams, 256)
 	c.Window = max(cmp.Or(c.Window, 512<<10), firstWindow)
-	c.Budget = max(cmp.Or(c.Budget, 16<<20), c.Window)
+	c.Budget = max(cmp.Or(c.Budget, 8<<20), c.Window)
 	c.PingInterval = cmp.Or(c.PingInterval, interval)
 	c.Timeout = max(cmp.Or(c.Timeout, 28*time.Second), 2*probeGrace)
 	return c
@@ -86,6 +86,7 @@ type Session struct {
 	ourLast   uint32             // id of the last stream that we opened
 	peerLast  uint32             // id of the last stream that the peer opened
 	unread    int                // bytes received for all streams and not read
+	parked    int                // bytes received for streams that are unclaimed
 	pings     int                // answers to pings that are not sent yet
 
 	replies  []header // of ours for the peer, at most maxReplies
@@ -197,7 +198,10 @@ func (s *Session) claim(y *yamux.Stream) *Stream {
 	st := s.unclaimed[y.StreamID()]
 	delete(s.unclaimed, y.StreamID())
 	if st != nil {
-		st.y = y
+		s.parked -= st.parked
+		if st.err == nil {
+			st.y = y
+		}
 	}
 	return st
 }

@@ -1,6 +1,7 @@
 package mux
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -21,8 +22,7 @@ const shrinkAbove = 64 << 10
 type Stream struct {
 	session *Session
 	id      uint32
-	ours    bool          // we opened it
-	y       *yamux.Stream // set before the stream is handed out
+	ours    bool // we opened it
 
 	writing chan struct{} // holds a token while a Write is under way
 
@@ -31,10 +31,12 @@ type Stream struct {
 	lightSent  int
 
 	// All that follows is guarded by session.mu.
-	changed sync.Cond // a Write waits here
-	credit  int64     // bytes that the peer takes
-	unread  int       // bytes received and not read
-	peak    int       // the most that unread was since the buffer was given back
+	y       *yamux.Stream // nil before the stream is claimed, and when it is aborted
+	changed sync.Cond     // a Write waits here
+	credit  int64         // bytes that the peer takes
+	unread  int           // bytes received and not read
+	parked  int           // bytes received before the stream was claimed
+	peak    int           // the most that unread was since the buffer was given back
 
 	finIn, finOut bool  // one side has ended its data
 	over          bool  // off the wire
@@ -71,7 +73,11 @@ func (s *Session) newStream(id uint32, ours bool) *Stream {
 
 // Read reads what the peer has written, or returns io.EOF after its end.
 func (st *Stream) Read(p []byte) (int, error) {
-	n, err := st.y.Read(p)
+	y, err := st.yamux("read")
+	if err != nil {
+		return 0, err
+	}
+	n, err := y.Read(p)
 	s := st.session
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -80,12 +86,25 @@ func (st *Stream) Read(p []byte) (int, error) {
 	s.unread -= taken
 	if st.unread == 0 && st.peak > shrinkAbove {
 		st.peak = 0
-		st.y.Shrink()
+		y.Shrink()
 	}
 	if n > 0 || err == nil {
 		return n, nil
 	}
 	return 0, st.readError(err)
+}
+
+// yamux returns what is below the stream, or why nothing is.
+func (st *Stream) yamux(op string) (*yamux.Stream, error) {
+	st.session.mu.Lock()
+	defer st.session.mu.Unlock()
+	switch {
+	case st.closed:
+		return nil, st.fault(op, net.ErrClosed)
+	case st.y == nil:
+		return nil, st.fault(op, cmp.Or(st.err, ErrReset))
+	}
+	return st.y, nil
 }
 
 // readError says what yamux's error from Read means; session.mu is held.
@@ -114,12 +133,12 @@ func (st *Stream) Write(p []byte) (written int, err error) {
 	st.writing <- struct{}{}
 	defer func() { <-st.writing }()
 	for {
-		n, err := st.await(len(p))
+		y, n, err := st.await(len(p))
 		if err != nil || n == 0 {
 			return written, err
 		}
 		st.session.gate.enter(st.light(n))
-		m, err := st.y.Write(p[:n])
+		m, err := y.Write(p[:n])
 		st.session.gate.leave()
 		written += m
 		if err != nil {
@@ -132,18 +151,18 @@ func (st *Stream) Write(p []byte) (written int, err error) {
 }
 
 // await waits until something can be written, and returns how much of n.
-func (st *Stream) await(n int) (int, error) {
+func (st *Stream) await(n int) (*yamux.Stream, int, error) {
 	s := st.session
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for {
 		if err := st.writeError(); err != nil {
-			return 0, err
+			return nil, 0, err
 		}
 		if st.credit > 0 || n == 0 {
 			n = int(min(int64(n), st.credit, s.frame.Load()))
 			st.credit -= int64(n)
-			return n, nil
+			return st.y, n, nil
 		}
 		st.changed.Wait()
 	}
@@ -197,7 +216,8 @@ func (st *Stream) CloseWrite() error {
 	}
 	st.finished = true
 	st.changed.Broadcast()
-	s.loops.Go(func() { st.y.Close() }) // which leaves reading open, and waits for the link
+	y := st.y
+	s.loops.Go(func() { y.Close() }) // which leaves reading open, and waits for the link
 	return nil
 }
 
@@ -215,10 +235,13 @@ func (st *Stream) Close() error {
 	case st.unread > 0:
 		s.abort(st, ErrReset) // the peer may be waiting for us to read
 	case !st.finished:
-		s.loops.Go(func() { st.y.Close() })
+		y := st.y
+		s.loops.Go(func() { y.Close() })
+	}
+	if st.y != nil {
+		st.y.SetReadDeadline(time.Unix(1, 0)) // wake the reader
 	}
 	st.shut()
-	st.y.SetReadDeadline(time.Unix(1, 0)) // wake the reader
 	return nil
 }
 
@@ -268,7 +291,7 @@ func (st *Stream) SetReadDeadline(t time.Time) error {
 	switch {
 	case st.closed:
 		return st.fault("set deadline", net.ErrClosed)
-	case st.err != nil:
+	case st.y == nil:
 		return nil // Reads end anyway, and must
 	}
 	return st.y.SetReadDeadline(t)
