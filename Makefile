@@ -20,8 +20,8 @@ cross: ## static binaries for amd64, arm64 and arm v7 in dist/
 	  GOARCH=$$arch GOARM=7 $(BUILD) -o dist/$$arch/skerry-provider ./cmd/provider || exit 1; \
 	  ls -l dist/$$arch | awk 'NR>1{printf "  %-6s %-16s %5.1f MB\n", "'$$arch'", $$9, $$5/1e6}'; done
 
-images: ## OCI archives of skerry-provider (amd64, arm64) in dist/
-	@mkdir -p dist && $(GO) run ./test/images/cmd/images -out dist -version $(VERSION)
+images: cross ## OCI archive of skerry-provider (amd64, arm64) in dist/
+	@$(GO) run ./test/images/cmd/images
 
 prepare: ## install the Debian packages that a demo and the tests need
 	@need=$$(for p in $(DEBIAN); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \

@@ -15,6 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/skerry-io/skerry/api/edge"
+	"github.com/skerry-io/skerry/edgelet/pod"
 )
 
 // Limits of one report, and pace of reporting.
@@ -122,11 +123,8 @@ func (o *outbox) PodForgotten(uid types.UID) {
 }
 
 // PodEvent implements the pod engine's Sink.
-func (o *outbox) PodEvent(pod *corev1.Pod, eventType, reason, message string) {
-	o.event(corev1.ObjectReference{
-		APIVersion: "v1", Kind: "Pod", Namespace: pod.Namespace, Name: pod.Name,
-		UID: pod.UID, ResourceVersion: pod.ResourceVersion,
-	}, eventType, reason, message)
+func (o *outbox) PodEvent(p *corev1.Pod, container, eventType, reason, message string) {
+	o.event(pod.Reference(p, container), eventType, reason, message)
 }
 
 // NodeEvent is an event about the site itself.

@@ -105,7 +105,7 @@ func printStatus(out io.Writer, s edgelet.Status, now time.Time) error {
 	link := "never connected to " + s.Server
 	switch {
 	case s.Connected:
-		link = fmt.Sprintf("connected to %s for %s (%s, round trip %s)", s.Server, age(now, s.Since), s.Transport, s.RTT.Round(100*time.Microsecond))
+		link = fmt.Sprintf("connected to %s for %s, round trip %s", s.Server, age(now, s.Since), s.RTT.Round(100*time.Microsecond))
 	case !s.Since.IsZero():
 		link = fmt.Sprintf("disconnected from %s for %s: %s", s.Server, age(now, s.Since), s.LastError)
 	}

@@ -83,7 +83,7 @@ func Start(ctx context.Context, o Options) (_ *Lab, err error) {
 }
 
 func (l *Lab) writeImages(ctx context.Context) (string, error) {
-	busybox, err := images.Busybox(ctx, Busybox, "")
+	busybox, err := images.Busybox(ctx, Busybox, "/bin/busybox")
 	if err != nil {
 		return "", err
 	}
