@@ -150,15 +150,16 @@ func (s *Sites) Revoked(site string) (why string, revoked bool) {
 	return record.Revoked, err == nil && record.Revoked != ""
 }
 
-// Watch calls changed until ctx is done, which is no error: with revoked true
-// when a site is cut off or its Lease deleted, so that its sessions must end, and
-// with false on every other change of its identity, upon which the certificates
-// of its sessions should be shown to Admit again, as they may have been replaced.
-// What is cut off when Watch begins is told too. Calls come one at a time.
-func (s *Sites) Watch(ctx context.Context, changed func(site string, revoked bool)) error {
-	notify := func(site string, revoked bool) {
+// Watch calls changed until ctx is done, which is no error: with ended true when
+// the certificates that a site's sessions showed are good no more, because it is
+// cut off, its Lease deleted, or its name taken over by a new installation, so
+// that its sessions must end; with false on every other change of its identity,
+// such as a renewal. What is cut off when Watch begins is told too. Calls come
+// one at a time.
+func (s *Sites) Watch(ctx context.Context, changed func(site string, ended bool)) error {
+	notify := func(site string, ended bool) {
 		if ctx.Err() == nil {
-			changed(site, revoked)
+			changed(site, ended)
 		}
 	}
 	registration, err := s.informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
@@ -170,7 +171,7 @@ func (s *Sites) Watch(ctx context.Context, changed func(site string, revoked boo
 		UpdateFunc: func(before, after any) {
 			_, old := identityOf(before)
 			if site, identity := identityOf(after); site != "" && identity != old {
-				notify(site, identity.revoked)
+				notify(site, identity.revoked || replaced(before, after))
 			}
 		},
 		DeleteFunc: func(object any) {
@@ -190,6 +191,22 @@ func (s *Sites) Watch(ctx context.Context, changed func(site string, revoked boo
 		return fmt.Errorf("watch sites: %w", err)
 	}
 	return nil
+}
+
+// replaced reports whether a Lease's certificate is not in the lineage of the one
+// before it.
+func replaced(before, after any) bool {
+	old, err := leaseRecord(before)
+	if err != nil || old.Serial == "" {
+		return false
+	}
+	next, err := leaseRecord(after)
+	return err == nil && next.Serial != old.Serial && next.Previous != old.Serial
+}
+
+func leaseRecord(object any) (bootstrap.Record, error) {
+	lease, _ := object.(*coordinationv1.Lease)
+	return recordOf(lease)
 }
 
 // A leaseIdentity is what a Lease says of a site's identity; renewals of the

@@ -173,10 +173,14 @@ func TestWatch(t *testing.T) {
 	if _, err := leases.Patch(ctx, "site-site-a", types.MergePatchType, []byte(`{"spec":{"holderIdentity":"x"}}`), metav1.PatchOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if err := f.Commit(ctx, "site-a", bootstrap.Record{Serial: "1"}, bootstrap.Record{Serial: "2"}); err != nil {
+	if err := f.Commit(ctx, "site-a", bootstrap.Record{Serial: "1"}, bootstrap.Record{Serial: "2", Previous: "1"}); err != nil {
 		t.Fatal(err)
 	}
 	expect("site-a false")
+	if err := f.Commit(ctx, "site-a", bootstrap.Record{Serial: "2"}, bootstrap.Record{Serial: "3"}); err != nil {
+		t.Fatal(err)
+	}
+	expect("site-a true") // a new installation
 	f.Revoke("site-a", "stolen")
 	expect("site-a true")
 	f.Revoke("site-a", "")
