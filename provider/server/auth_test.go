@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -123,10 +124,10 @@ func TestPermissionsAreRememberedAndForgotten(t *testing.T) {
 func TestReviewsAtTheSameTimeAreOneAndOutliveWhoAsked(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		release := make(chan struct{})
-		calls := 0
+		var calls atomic.Int32
 		g := testGuard(&fakeReviews{})
 		g.authenticator = authenticatorFunc(func(ctx context.Context, _ string) (User, error) {
-			calls++
+			calls.Add(1)
 			select {
 			case <-release:
 				return User{Name: "u"}, nil
@@ -154,8 +155,8 @@ func TestReviewsAtTheSameTimeAreOneAndOutliveWhoAsked(t *testing.T) {
 		synctest.Wait()
 		close(release)
 		wg.Wait()
-		if calls != 1 {
-			t.Errorf("%d reviews", calls)
+		if n := calls.Load(); n != 1 {
+			t.Errorf("%d reviews", n)
 		}
 
 		// A review that hangs ends, and the number of reviews under way is bounded.
@@ -169,8 +170,8 @@ func TestReviewsAtTheSameTimeAreOneAndOutliveWhoAsked(t *testing.T) {
 			})
 		}
 		synctest.Wait()
-		if calls != 1+maxReviews {
-			t.Errorf("%d reviews at once", calls-1)
+		if n := calls.Load(); n != 1+maxReviews {
+			t.Errorf("%d reviews at once", n-1)
 		}
 		wg.Wait()
 		if d := time.Since(start); d != reviewTimeout {

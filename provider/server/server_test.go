@@ -18,6 +18,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -585,7 +586,7 @@ func TestClosingAPortEndsIdleConnections(t *testing.T) {
 	must(t, err)
 	other, _, _ := f.upgrade(apiServer, "GET", "oslo", "/pods", "")
 	f.server.Close("berlin")
-	if _, err := r.ReadByte(); err == nil || errors.Is(err, context.DeadlineExceeded) {
+	if _, err := r.ReadByte(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("connection of a closed port: %v", err)
 	}
 	if _, err := io.WriteString(other, "GET /pods HTTP/1.1\r\nHost: node\r\n\r\n"); err != nil {
