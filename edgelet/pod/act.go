@@ -68,7 +68,11 @@ func (w *worker) act(ctx context.Context, spec Spec, actions []Action) (acted bo
 		}
 		acted = true
 		if err != nil {
+			w.unsure = true
 			return acted, err
+		}
+		if w.unsure {
+			return acted, failed
 		}
 		w.report(time.Now())
 	}
@@ -176,7 +180,8 @@ func (w *worker) startContainer(ctx context.Context, spec Spec, a StartContainer
 	c := specOf(spec.Pod, a.Name)
 	err := w.start(ctx, spec.Pod, c, a)
 	if ctx.Err() != nil {
-		return // what was done shows when the runtime is listed
+		w.unsure = true
+		return
 	}
 	m := w.obs.Memory[a.Name]
 	if err == nil {
@@ -184,9 +189,12 @@ func (w *worker) startContainer(ctx context.Context, spec Spec, a StartContainer
 		w.obs.Memory[a.Name] = m
 		return
 	}
-	f := Failure{Reason: reasonRun, Message: text(err), Count: m.Failure.Count + 1}
+	f := Failure{Reason: reasonRun, Message: text(err), Attempt: a.Attempt, Count: m.Failure.Count + 1}
 	if e, ok := errors.AsType[*startError](err); ok {
 		f.Reason = e.reason
+		if e.reason == reasonPostStart {
+			f.Attempt++ // this one did
+		}
 	}
 	f.Retry = time.Now().Add(retryLeast + backoff.Delay(m.Failure.Count, retryBase, retryLimit))
 	if e, ok := errors.AsType[interface {
@@ -203,9 +211,6 @@ func (w *worker) startContainer(ctx context.Context, spec Spec, a StartContainer
 	}
 	m.Failure = f
 	w.obs.Memory[a.Name] = m
-	w.mu.Lock()
-	w.stale = true // the call may have done more than it said
-	w.mu.Unlock()
 	w.log().Info("container cannot be started", "container", a.Name, "reason", f.Reason, "err", err)
 }
 
@@ -244,6 +249,7 @@ func (w *worker) start(ctx context.Context, pod *corev1.Pod, c *corev1.Container
 			return &startError{reasonRun, err}
 		}
 	}
+	w.unsure = true // until it has been looked at
 	if err := w.m.Runtime.StartContainer(ctx, id); err != nil {
 		if ctx.Err() == nil {
 			w.event(c.Name, corev1.EventTypeWarning, "Failed", "Error: "+text(err))
@@ -261,6 +267,7 @@ func (w *worker) begun(ctx context.Context, pod *corev1.Pod, c *corev1.Container
 		return &startError{reasonRun, err}
 	}
 	w.put(run)
+	w.unsure = false
 	if c.Lifecycle == nil || c.Lifecycle.PostStart == nil {
 		return nil
 	}
@@ -326,6 +333,7 @@ func (w *worker) create(ctx context.Context, pod *corev1.Pod, c *corev1.Containe
 	}
 	id, err := w.m.Runtime.CreateContainer(ctx, sandbox.ID, config, box)
 	if err != nil {
+		w.unsure = true
 		return fail(reasonCreate, err)
 	}
 	return id, nil

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -50,6 +51,9 @@ type fakeRuntime struct {
 	configs    map[string]*cri.ContainerConfig
 	boxes      map[string]*cri.PodSandboxConfig
 	delay      time.Duration // of every call
+	wiped      bool          // the runtime has forgotten everything, once
+	succeeded  map[string]bool
+	onStart    func(uid, name string) // with mu held
 }
 
 type fakeContainer struct {
@@ -64,7 +68,7 @@ func newFakeRuntime() *fakeRuntime {
 		watchers: map[int]func(types.UID){}, starts: map[string]int{},
 		configs: map[string]*cri.ContainerConfig{}, boxes: map[string]*cri.PodSandboxConfig{},
 		behaves: func(string, uint32) behaviour { return behaviour{} },
-		delay:   time.Millisecond,
+		delay:   time.Millisecond, succeeded: map[string]bool{},
 	}
 }
 
@@ -81,7 +85,9 @@ func (f *fakeRuntime) enter(ctx context.Context, op, id string) (after error, er
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}
 	f.mu.Lock()
-	f.calls = append(f.calls, op+" "+id)
+	if op != "ListPodSandbox" && op != "ListContainers" {
+		f.calls = append(f.calls, time.Now().Format("04:05.000 ")+op+" "+id)
+	}
 	fault := f.fault
 	f.mu.Unlock()
 	if fault != nil {
@@ -96,7 +102,7 @@ func (f *fakeRuntime) called(prefix string) int {
 	defer f.mu.Unlock()
 	n := 0
 	for _, c := range f.calls {
-		if len(c) >= len(prefix) && c[:len(prefix)] == prefix {
+		if strings.HasPrefix(c[len("04:05.000 "):], prefix) {
 			n++
 		}
 	}
@@ -296,6 +302,9 @@ func (f *fakeRuntime) StartContainer(ctx context.Context, id string) error {
 		}
 	}
 	f.starts[uid+"/"+c.Metadata.Name]++
+	if f.onStart != nil {
+		f.onStart(uid, c.Metadata.Name)
+	}
 	c.State, c.StartedAt = cri.ContainerState_CONTAINER_RUNNING, time.Now().UnixNano()
 	if b := f.behaves(c.Metadata.Name, c.Metadata.Attempt); b.after > 0 {
 		time.AfterFunc(b.after, func() {
@@ -319,6 +328,9 @@ func (f *fakeRuntime) exit(c *fakeContainer, code int32, reason string) {
 		c.Reason = "Error"
 	}
 	close(c.ended)
+	if code == 0 {
+		f.succeeded[c.Labels[criconfig.LabelUID]+"/"+c.Metadata.Name] = true
+	}
 	f.tell(c.Labels[criconfig.LabelUID])
 }
 
@@ -427,6 +439,7 @@ func (f *fakeRuntime) wipe() {
 	f.reboot()
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.wiped = true
 	clear(f.sandboxes)
 	clear(f.containers)
 }

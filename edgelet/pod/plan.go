@@ -76,7 +76,8 @@ type Memory struct {
 type Failure struct {
 	Reason, Message string // as shown in the container's status
 	Retry           time.Time
-	Count           int // in a row
+	Attempt         uint32 // the run that did not come about
+	Count           int    // in a row
 }
 
 // An Action is one step towards what a pod is asked to be. The set is closed.
@@ -206,6 +207,9 @@ func (p *planner) containers(sandbox bool) (starts []Action, keep bool) {
 	p.todo = nil
 	defer func() { p.todo = before }()
 
+	if p.over(sandbox) {
+		return nil, false
+	}
 	if sandbox {
 		for i := range p.pod.Spec.EphemeralContainers {
 			p.ephemeral((*corev1.Container)(&p.pod.Spec.EphemeralContainers[i].EphemeralContainerCommon))
@@ -224,10 +228,21 @@ func (p *planner) containers(sandbox bool) (starts []Action, keep bool) {
 	for i := range p.pod.Spec.Containers {
 		keep = p.main(&p.pod.Spec.Containers[i], sandbox) || keep
 	}
-	if !keep && len(p.todo) == 0 && p.wait.IsZero() {
-		return nil, false // sidecars alone do not keep a pod
-	}
 	return append(sidecars, p.todo...), keep
+}
+
+// over reports whether all main containers have ended for good. Sidecars alone
+// do not keep a pod, and nothing is initialized again for nothing.
+func (p *planner) over(sandbox bool) bool {
+	for i := range p.pod.Spec.Containers {
+		c := &p.pod.Spec.Containers[i]
+		last := p.latest(c.Name)
+		o := p.outcome(c, last, sandbox)
+		if o != succeeded && o != failedOnce || restarts(p.pod, c, exitCode(last, p.obs.Memory[c.Name])) {
+			return false
+		}
+	}
+	return len(p.pod.Spec.Containers) > 0
 }
 
 // init plans the init containers. Ready means that main containers may start,

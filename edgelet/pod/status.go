@@ -282,25 +282,33 @@ func (s *situation) waiting(c *corev1.Container, runs []Container, m Memory) *co
 	if s.spec.Stop != nil || s.ended != nil || len(runs) > 0 && mayRun(runs[0].State) {
 		return nil
 	}
+	if len(runs) > 0 && runs[0].State == cri.ContainerState_CONTAINER_EXITED && !s.again(c, runs[0], m) {
+		return nil
+	}
 	if m.Failure.Reason != "" {
 		return &corev1.ContainerStateWaiting{Reason: m.Failure.Reason, Message: m.Failure.Message}
 	}
 	if len(runs) == 0 || runs[0].State != cri.ContainerState_CONTAINER_EXITED {
 		return nil
 	}
-	isInit := slices.ContainsFunc(s.spec.Pod.Spec.InitContainers, func(i corev1.Container) bool { return i.Name == c.Name })
-	if isInit && !criconfig.IsSidecar(c) && runs[0].ExitCode == 0 && runs[0].Reason != reasonOOMKilled {
-		return nil
-	}
-	code := exitCode(&runs[0], m)
 	delay := crashBackoff(m, c, runs[0].Finished)
-	if delay == 0 || !restarts(s.spec.Pod, c, code) || !s.now.Before(runs[0].Finished.Add(delay)) {
+	if delay == 0 || !s.now.Before(runs[0].Finished.Add(delay)) {
 		return nil
 	}
 	return &corev1.ContainerStateWaiting{
 		Reason:  reasonCrashLoop,
 		Message: fmt.Sprintf("back-off %s restarting failed container=%s pod=%s", delay, c.Name, fullName(s.spec.Pod)),
 	}
+}
+
+// again reports whether a container whose last run has ended is to run again.
+func (s *situation) again(c *corev1.Container, run Container, m Memory) bool {
+	code := exitCode(&run, m)
+	isInit := slices.ContainsFunc(s.spec.Pod.Spec.InitContainers, func(i corev1.Container) bool { return i.Name == c.Name })
+	if isInit && !criconfig.IsSidecar(c) && code != nil && *code == 0 {
+		return false
+	}
+	return !isEphemeral(s.spec.Pod, c) && restarts(s.spec.Pod, c, code)
 }
 
 // fullName names a pod in messages.

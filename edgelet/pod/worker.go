@@ -52,8 +52,8 @@ type worker struct {
 	dirty   bool                    // record is not saved yet
 	saving  bool                    // a goroutine saves it
 
-	write sync.Mutex // one write at a time
-	sent  uint64     // Seq of the last status sent; guarded by write
+	write chan struct{} // holds a token while something is written to the store
+	sent  uint64        // Seq of the last status sent; owned by who holds write
 
 	// Owned by the worker's goroutine.
 	obs      Observed
@@ -65,6 +65,7 @@ type worker struct {
 	stopped  map[string]bool // containers whose preStop hook has run
 	mountErr string
 	finished bool // nothing is left of the pod
+	unsure   bool // a call has failed that may have done its work: obs may be wrong
 	current  *corev1.Pod
 	gone     bool // w.removed as of this pass
 }
@@ -202,17 +203,9 @@ func (w *worker) pass(ctx context.Context, stale, kicked bool) error {
 		}
 		w.obs.Volumes = false
 	}
-	if stale {
-		pods, err := w.m.lister.fresh(ctx, w.m.ctx, &w.m.wg)
-		if err != nil {
-			return err
-		}
-		if w.current.Name == "" || w.gone && len(w.current.Spec.Containers) == 0 {
-			w.learn(pods[w.uid])
-		}
-		if err := w.observe(ctx, pods[w.uid]); err != nil {
-			return err
-		}
+	w.unsure = w.unsure || stale
+	if err := w.ascertain(ctx); err != nil {
+		return err
 	}
 	w.admitOnce()
 	if !time.Now().Before(w.refresh) {
@@ -220,6 +213,9 @@ func (w *worker) pass(ctx context.Context, stale, kicked bool) error {
 	}
 	var failed error
 	for range maxRounds {
+		if err := w.ascertain(ctx); err != nil {
+			return err
+		}
 		now := time.Now()
 		w.report(now)
 		spec := w.spec(now)
@@ -231,7 +227,9 @@ func (w *worker) pass(ctx context.Context, stale, kicked bool) error {
 			failed = err
 		}
 		if !acted || err != nil || w.finished {
-			w.report(time.Now())
+			if !w.unsure {
+				w.report(time.Now())
+			}
 			w.timers(spec)
 			if w.finished {
 				w.saveGone()
@@ -240,6 +238,26 @@ func (w *worker) pass(ctx context.Context, stale, kicked bool) error {
 		}
 	}
 	w.due(time.Now().Add(retryBase))
+	return nil
+}
+
+// ascertain observes the pod anew if what is known of it may be wrong. Nothing
+// must be concluded from it before: what is missing might be taken for lost.
+func (w *worker) ascertain(ctx context.Context) error {
+	if !w.unsure {
+		return nil
+	}
+	pods, err := w.m.lister.fresh(ctx, w.m.ctx, &w.m.wg)
+	if err != nil {
+		return err
+	}
+	if w.current.Name == "" || w.gone && len(w.current.Spec.Containers) == 0 {
+		w.learn(pods[w.uid])
+	}
+	if err := w.observe(ctx, pods[w.uid]); err != nil {
+		return err
+	}
+	w.unsure = false
 	return nil
 }
 
@@ -351,6 +369,9 @@ func (w *worker) remember() {
 		m.Next = max(m.Next, c.Attempt+1)
 		if c.State != cri.ContainerState_CONTAINER_CREATED {
 			m.Begun, m.Exited = true, nil
+			if c.Attempt >= m.Failure.Attempt {
+				m.Failure = Failure{} // it has been started after all
+			}
 		}
 		if c.State == cri.ContainerState_CONTAINER_EXITED {
 			m.Exited = exitCode(c, m)
@@ -466,8 +487,8 @@ func (w *worker) saveSoon() {
 // save writes the record if it has changed, and then sends the status if that
 // has. When it returns nil, what was changed before the call is durable.
 func (w *worker) save() error {
-	w.write.Lock()
-	defer w.write.Unlock()
+	w.write <- struct{}{}
+	defer func() { <-w.write }()
 	w.mu.Lock()
 	record, dirty := w.record, w.dirty
 	w.dirty = false
@@ -515,8 +536,8 @@ func (w *worker) saveGone() {
 
 // leave forgets a pod that is gone and not desired. It reports whether it has.
 func (w *worker) leave() bool {
-	w.write.Lock() // nothing is saved from here on
-	defer w.write.Unlock()
+	w.write <- struct{}{} // nothing is saved from here on
+	defer func() { <-w.write }()
 	w.m.mu.Lock()
 	w.mu.Lock()
 	left := w.removed
