@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 )
 
 // A Table is a bucket with values of one type, encoded as JSON. Methods without a
@@ -21,10 +22,11 @@ func NewTable[T any](d *DB, bucket string) *Table[T] {
 }
 
 // NewSealedTable returns a table whose values are encrypted, with bucket and key
-// authenticated. Its bucket has the prefix "sealed/". Without the right key every
-// method that reads or writes a value fails with ErrKey.
+// authenticated. Its bucket has the prefix "sealed/", which is added to a name that
+// lacks it. Without the right key every method that reads or writes a value fails with
+// ErrKey.
 func NewSealedTable[T any](d *DB, bucket string) *Table[T] {
-	return &Table[T]{d, sealedPrefix + bucket, kindSealed}
+	return &Table[T]{d, sealedPrefix + strings.TrimPrefix(bucket, sealedPrefix), kindSealed}
 }
 
 // Get returns the value under key, or ErrNotFound.
