@@ -36,7 +36,6 @@ const (
 const (
 	WrongPin    Code = "wrong-pin"    // the provider's CA is not the pinned one
 	WrongCA     Code = "wrong-ca"     // the provider's certificate is not of the CA that this site trusts
-	WrongHost   Code = "wrong-host"   // the provider's certificate is for other names
 	WrongClock  Code = "wrong-clock"  // no time could be found at which the provider's certificate is valid
 	Unreachable Code = "unreachable"  // no connection
 	NotProvider Code = "not-provider" // something answers that is not a provider
@@ -151,8 +150,6 @@ func (e *Error) localSentence() string {
 		return `the provider at %[1]s does not have the CA that the join line names%[3]s; nothing was sent: either the line is of another cluster, or something in between intercepts TLS. Compare with a new line from "skerry-provider token create"`
 	case WrongCA:
 		return `the certificate of the provider at %[1]s is not of the CA that site %[2]q trusts%[3]s; nothing was sent: check the address and whether something in between intercepts TLS; if the cluster was set up anew, join again`
-	case WrongHost:
-		return `the certificate of the provider is not valid for the address %[1]s%[3]s: use one of its names, or start the provider with --public-name for this one`
 	case WrongClock:
 		return `the certificate of the provider at %[1]s is not valid by this machine's clock, and the provider's own time does not settle it%[3]s: set this machine's clock ("timedatectl set-ntp true"), then try again`
 	case Unreachable:
