@@ -15,6 +15,7 @@ import (
 	"math/big"
 	"net"
 	"net/url"
+	"slices"
 	"time"
 )
 
@@ -141,9 +142,9 @@ func (ca *CA) IssueSite(site string, record Record, public any) (*x509.Certifica
 	}, ca.cert, public, ca.key)
 }
 
-// IssueServer makes a key and a certificate for a provider that sites reach under
-// names, which are DNS names and IP addresses. The chain that it shows includes
-// the CA, which joining sites look for.
+// IssueServer makes a key and a certificate for a provider: for [ServerName], by
+// which sites know it, and for further names, which are DNS names and IP
+// addresses. The chain that it shows includes the CA, which joining sites look for.
 func (ca *CA) IssueServer(names []string, now time.Time, life time.Duration) (*tls.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -162,7 +163,9 @@ func (ca *CA) IssueServer(names []string, now time.Time, life time.Duration) (*t
 		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 		BasicConstraintsValid: true,
 	}
-	for _, name := range append([]string{ServerName}, names...) {
+	all := slices.Concat([]string{ServerName}, names)
+	slices.Sort(all)
+	for _, name := range slices.Compact(all) {
 		if ip := net.ParseIP(name); ip != nil {
 			template.IPAddresses = append(template.IPAddresses, ip)
 		} else {

@@ -419,7 +419,7 @@ func TestDamagedIdentity(t *testing.T) {
 
 func TestServerCertificate(t *testing.T) {
 	ca := testCA(t)
-	for _, names := range [][]string{nil, {""}, {"a b"}, {"https://x"}, {"x:443"}, {"-x"}} {
+	for _, names := range [][]string{{""}, {"a b"}, {"https://x"}, {"x:443"}, {"-x"}} {
 		if _, err := NewServerCertificate(ServerConfig{CA: ca, Names: names}); err == nil {
 			t.Errorf("names %q are accepted", names)
 		}
@@ -432,7 +432,7 @@ func TestServerCertificate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"skerry.example.com", "192.0.2.1", "2001:db8::1", "x.sites.example.com"} {
+	for _, name := range []string{ServerName, "skerry.example.com", "192.0.2.1", "2001:db8::1", "x.sites.example.com"} {
 		if _, err := cert.Leaf.Verify(x509.VerifyOptions{Roots: ca.Pool(), DNSName: name}); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}

@@ -15,7 +15,7 @@ import (
 // ServerConfig configures the certificate that a provider shows.
 type ServerConfig struct {
 	CA    *CA           // required
-	Names []string      // DNS names and IP addresses under which sites reach the provider; required
+	Names []string      // DNS names and IP addresses besides ServerName, for others than sites; may be empty
 	Life  time.Duration // default 30 days
 	Log   *slog.Logger  // default slog.Default()
 }
@@ -35,8 +35,8 @@ type ServerCertificate struct {
 func NewServerCertificate(config ServerConfig) (*ServerCertificate, error) {
 	config.Life = cmp.Or(config.Life, 30*24*time.Hour)
 	config.Log = cmp.Or(config.Log, slog.Default())
-	if config.CA == nil || len(config.Names) == 0 || config.Life < time.Minute {
-		return nil, errors.New("server certificate: a CA and at least one name are required, and a life of a minute or more")
+	if config.CA == nil || config.Life < time.Minute {
+		return nil, errors.New("server certificate: a CA is required, and a life of a minute or more")
 	}
 	for _, name := range config.Names {
 		host := strings.TrimPrefix(strings.ToLower(name), "*.")
