@@ -203,8 +203,16 @@ func (st *Stream) writeError() error {
 }
 
 func (st *Stream) fault(op string, err error) error {
-	return fmt.Errorf("%s stream %d: %w", op, st.id, err)
+	// A net.Error, as net.Conn demands: net/http looks at Timeout to tell the end
+	// of its own waiting from that of the connection.
+	return &net.OpError{Op: op, Net: "stream", Addr: streamAddr(st.id), Err: err}
 }
+
+// A streamAddr names a stream in errors.
+type streamAddr uint32
+
+func (a streamAddr) Network() string { return "stream" }
+func (a streamAddr) String() string  { return fmt.Sprint(uint32(a)) }
 
 // CloseWrite tells the peer that no more data comes; reading goes on.
 func (st *Stream) CloseWrite() error {
