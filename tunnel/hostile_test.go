@@ -4,13 +4,16 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
-	"runtime"
+	"os/exec"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -248,10 +251,62 @@ func rss(t testing.TB) int {
 	return 0
 }
 
-// flood plays a hostile site: n streams of 256 KiB each, by plain yamux, which
-// nobody reads.
-func flood(c *cloudAddress, n int) error {
-	conn, err := tls.Dial("tcp", c.addr, c.config)
+// floodVariable in the environment makes the test binary a hostile site.
+const floodVariable = "SKERRY_TEST_FLOOD"
+
+// floodFrom starts another process that floods the cloud, so that what is
+// measured here is our side alone. It returns what that process has said.
+func floodFrom(t *testing.T, c *cloud) <-chan error {
+	config := c.ca.Client("site-b")
+	key, err := x509.MarshalPKCS8PrivateKey(config.Certificates[0].PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	order, err := json.Marshal(floodOrder{
+		Addr: c.addr, Streams: 2000, Key: key,
+		Certificate: config.Certificates[0].Certificate[0],
+		Server:      c.TLS.Certificates[0].Certificate[0],
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), os.Args[0])
+	cmd.Env = append(os.Environ(), floodVariable+"="+string(order))
+	ended := make(chan error, 1)
+	go func() {
+		out, err := cmd.CombinedOutput()
+		ended <- fmt.Errorf("%v: %s", err, out)
+	}()
+	return ended
+}
+
+type floodOrder struct {
+	Addr                     string
+	Streams                  int
+	Certificate, Key, Server []byte // DER
+}
+
+// flood opens streams by plain yamux, and sends 256 KiB on each, which nobody reads.
+func flood(text string) error {
+	var order floodOrder
+	if err := json.Unmarshal([]byte(text), &order); err != nil {
+		return err
+	}
+	key, err := x509.ParsePKCS8PrivateKey(order.Key)
+	if err != nil {
+		return err
+	}
+	server, err := x509.ParseCertificate(order.Server)
+	if err != nil {
+		return err
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(server)
+	conn, err := tls.Dial("tcp", order.Addr, &tls.Config{
+		Certificates: []tls.Certificate{{Certificate: [][]byte{order.Certificate}, PrivateKey: key}},
+		RootCAs:      roots,
+		NextProtos:   []string{tunnel.ALPN},
+	})
 	if err != nil {
 		return err
 	}
@@ -274,7 +329,7 @@ func flood(c *cloudAddress, n int) error {
 	io.Copy(io.Discard, first)
 	var wg sync.WaitGroup
 	gate := make(chan struct{}, 16)
-	for range n {
+	for range order.Streams {
 		st, err := m.Open()
 		if err != nil {
 			return err
@@ -296,23 +351,15 @@ func flood(c *cloudAddress, n int) error {
 	return nil
 }
 
-type cloudAddress struct {
-	addr   string
-	config *tls.Config
-}
-
 func TestFloodOfStreamsCostsLittle(t *testing.T) {
 	for name, read := range map[string]bool{"that nobody accepts": false, "of which all requests hang": true} {
 		t.Run(name, func(t *testing.T) {
 			c := newCloud(t)
 			good, edge := c.dial(t, c.dialer("site-a"))
 			serve(t, edge, hello)
-			runtime.GC()
+			debug.FreeOSMemory()
 			before := rss(t)
-			config := c.ca.Client("site-b")
-			config.ServerName, config.NextProtos = "127.0.0.1", []string{tunnel.ALPN}
-			ended := make(chan error, 1)
-			go func() { ended <- flood(&cloudAddress{c.addr, config}, 2000) }()
+			ended := floodFrom(t, c)
 			hostile := <-c.sessions
 			if read {
 				serve(t, hostile, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
@@ -321,9 +368,7 @@ func TestFloodOfStreamsCostsLittle(t *testing.T) {
 			for done := false; !done; {
 				select {
 				case err := <-ended:
-					if err != nil {
-						t.Logf("flood ended with: %v", err)
-					}
+					t.Logf("flood ended: %v", err)
 					done = true
 				case <-time.After(20 * time.Millisecond):
 					most = max(most, rss(t)-before)
@@ -332,9 +377,9 @@ func TestFloodOfStreamsCostsLittle(t *testing.T) {
 					slowest = max(slowest, time.Since(began))
 				}
 			}
-			t.Logf("at most %d MiB more, both sides together; slowest request of another site %v", most, slowest.Round(time.Millisecond))
-			if most > 64 {
-				t.Errorf("2000 unread streams cost %d MiB, want at most 64", most)
+			t.Logf("at most %d MiB more; slowest request of another site %v", most, slowest.Round(time.Millisecond))
+			if most > 64*memoryFactor {
+				t.Errorf("2000 unread streams cost %d MiB, want at most %d", most, 64*memoryFactor)
 			}
 			hostile.Close()
 		})

@@ -49,8 +49,8 @@ type Server struct {
 	Accept func(ctx context.Context, site string, peer Hello) (epoch uint64, err error)
 
 	// Use is called with each session; it is closed when Use returns. The context
-	// ends with the session. A newer session of the same site closes the older
-	// before it is used. Required.
+	// ends with the session, and so must Use: a newer session of the same site
+	// closes the older, and is used when the use of that is over. Required.
 	Use func(context.Context, *Session)
 
 	HTTP http.Handler // for plain HTTPS requests; default: not found
@@ -66,14 +66,23 @@ type Server struct {
 	Metrics *Metrics     // may be nil
 
 	mu    sync.Mutex
-	sites map[string]*Session
+	sites map[string]*tenure
+}
+
+// A tenure is the use of a session.
+type tenure struct {
+	session *Session
+	over    chan struct{} // closed when Use has returned
 }
 
 // Session returns the session of a site, or nil.
 func (s *Server) Session(site string) *Session {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.sites[site]
+	if t := s.sites[site]; t != nil {
+		return t.session
+	}
+	return nil
 }
 
 // Disconnect closes the session of a site, if there is one.
@@ -365,25 +374,34 @@ func (v *serving) session(ctx context.Context, conn *tls.Conn, raw net.Conn, set
 	v.use(ctx, newSession(m, site, hello, v.log(), v.Metrics))
 }
 
-// use has s used in place of any older session of the same site.
+// use has s used in place of any older session of the same site, once the use
+// of that is over: they must not be served both.
 func (v *serving) use(ctx context.Context, s *Session) {
+	t := &tenure{session: s, over: make(chan struct{})}
+	defer close(t.over)
 	v.mu.Lock()
 	if v.sites == nil {
-		v.sites = map[string]*Session{}
+		v.sites = map[string]*tenure{}
 	}
 	older := v.sites[s.peer]
-	v.sites[s.peer] = s
+	v.sites[s.peer] = t
 	v.mu.Unlock()
-	if older != nil {
-		older.closeFor(ErrReplaced)
-	}
 	began := time.Now()
 	v.Metrics.began()
-	v.log().Info("session begins", "site", s.peer, "version", s.hello.Version)
-	v.Use(ctx, s)
+	v.log().Info("session begins", "site", s.peer, "version", s.hello.Version, "replaces", older != nil)
+	if older != nil {
+		older.session.closeFor(ErrReplaced)
+		select {
+		case <-older.over:
+		case <-ctx.Done():
+		}
+	}
+	if ctx.Err() == nil {
+		v.Use(ctx, s)
+	}
 	s.Close()
 	v.mu.Lock()
-	last := v.sites[s.peer] == s
+	last := v.sites[s.peer] == t
 	if last {
 		delete(v.sites, s.peer)
 	}

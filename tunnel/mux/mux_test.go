@@ -267,7 +267,7 @@ func TestUnreadStreamsStallNobodyAndStayBounded(t *testing.T) {
 	runtime.GC()
 	runtime.ReadMemStats(&after)
 	held := (int64(after.HeapAlloc) - int64(before.HeapAlloc)) >> 10
-	if most := int64(2*16<<10 + 4<<10); held > most {
+	if most := int64(2*4<<10 + 8<<10); held > most {
 		t.Errorf("%d KiB held for unread streams, want at most %d", held, most)
 	}
 }

@@ -19,7 +19,7 @@ import (
 type Config struct {
 	MaxStreams int // that each side may have open at once; default 256
 	Window     int // unread bytes of one stream; default 512 KiB, at least 256 KiB
-	Budget     int // unread bytes of all streams; default 8 MiB
+	Budget     int // unread bytes of all streams; default 4 MiB
 
 	PingInterval time.Duration // default 15s on the client, 5m on the server
 	Timeout      time.Duration // silence after which the peer is given up; default 28s
@@ -51,7 +51,7 @@ func (c Config) withDefaults(client bool) Config {
 	}
 	c.MaxStreams = cmp.Or(c.MaxStreams, 256)
 	c.Window = max(cmp.Or(c.Window, 512<<10), firstWindow)
-	c.Budget = max(cmp.Or(c.Budget, 8<<20), c.Window)
+	c.Budget = max(cmp.Or(c.Budget, 4<<20), c.Window)
 	c.PingInterval = cmp.Or(c.PingInterval, interval)
 	c.Timeout = max(cmp.Or(c.Timeout, 28*time.Second), 2*probeGrace)
 	return c
