@@ -241,6 +241,9 @@ func (w *worker) start(ctx context.Context, pod *corev1.Pod, c *corev1.Container
 		w.event(c.Name, corev1.EventTypeNormal, "Created", "Container created")
 	}
 	m.Begun, m.Next, m.Exited = true, max(m.Next, a.Attempt+1), nil
+	if a.ID == "" {
+		m.Applied = c.Resources.DeepCopy()
+	}
 	w.obs.Memory[c.Name] = m
 	w.remember()
 	if atMostOnce(pod, c) || isEphemeral(pod, c) {

@@ -127,6 +127,7 @@ func (s *situation) conditions(status *corev1.PodStatus) []corev1.PodCondition {
 	podReady.Type = corev1.PodReady
 	all := []corev1.PodCondition{start, s.initialized(status), podReady, ready,
 		{Type: corev1.PodScheduled, Status: corev1.ConditionTrue}}
+	all = append(all, s.resizeConditions()...)
 	for i := range all {
 		all[i].ObservedGeneration = s.spec.Pod.Generation
 		all[i].LastTransitionTime = second(s.now)

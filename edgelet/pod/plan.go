@@ -70,6 +70,10 @@ type Memory struct {
 	Begun   bool          // StartContainer may have been called for it, ever
 	Next    uint32        // lowest number that its next run may have
 	Exited  *int32        // exit code of the last run, if it was seen to end
+
+	Allocated   *corev1.ResourceRequirements // what it may use; nil: what its spec says
+	Applied     *corev1.ResourceRequirements // what its last run was given; nil: unknown
+	ResizeRetry time.Time                    // when to try again to change that
 }
 
 // A Failure is why a container could not be started.
@@ -427,17 +431,26 @@ func (p *planner) keepRunning(c *corev1.Container, run Container) bool {
 		if g := run.Probe.Grace; g != nil {
 			grace = time.Duration(*g) * time.Second
 		}
-	case resizes(p.pod, c, run):
-		p.add(ResizeContainer{Name: c.Name, ID: run.ID})
-		return true
 	default:
-		return true
+		m := p.obs.Memory[c.Name]
+		switch {
+		case m.Applied == nil || sameResources(&c.Resources, m.Applied):
+			return true
+		case m.ResizeRetry.After(p.now):
+			p.later(m.ResizeRetry)
+			return true
+		case !needsRestart(c, m.Applied):
+			p.add(ResizeContainer{Name: c.Name, ID: run.ID})
+			return true
+		}
+		message, again = fmt.Sprintf("Container %s resize requires restart", c.Name), true
 	}
 	if again {
 		message += ", will be restarted"
 	}
 	p.add(StopContainer{Name: c.Name, ID: run.ID, Grace: grace, Message: message})
-	if run.Hash != "" && run.Hash != criconfig.Hash(c) {
+	if run.Probe.Unhealthy == "" || run.Hash != "" && run.Hash != criconfig.Hash(c) {
+		// It was asked for, so neither policy nor back-off are.
 		p.add(StartContainer{Name: c.Name, Attempt: p.attempt(c.Name)})
 	}
 	return true

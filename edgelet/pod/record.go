@@ -4,6 +4,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // Crash back-off: 10 s after the second exit, doubled with each up to 300 s,
@@ -50,8 +51,27 @@ type ContainerRecord struct {
 	Next    uint32        `json:"next,omitempty"`   // number of the next run
 	Exited  *int32        `json:"exited,omitempty"` // exit code of the last run
 	Backoff time.Duration `json:"backoff,omitempty"`
-	Backed  time.Time     `json:"backed,omitzero"`
+	Backed  metav1.Time   `json:"backed,omitzero"`
 	Key     string        `json:"key,omitempty"`
+
+	Allocated *corev1.ResourceRequirements `json:"allocated,omitempty"`
+	Applied   *corev1.ResourceRequirements `json:"applied,omitempty"`
+}
+
+// recordOf is what is kept of m.
+func recordOf(m Memory) ContainerRecord {
+	return ContainerRecord{
+		Begun: m.Begun, Next: m.Next, Exited: m.Exited, Backoff: m.Backoff, Backed: metav1.NewTime(m.Backed), Key: m.Key,
+		Allocated: m.Allocated, Applied: m.Applied,
+	}
+}
+
+// memory is what r remembers.
+func (r ContainerRecord) memory() Memory {
+	return Memory{
+		Begun: r.Begun, Next: r.Next, Exited: r.Exited, Backoff: r.Backoff, Backed: r.Backed.Time, Key: r.Key,
+		Allocated: r.Allocated, Applied: r.Applied,
+	}
 }
 
 // restarts reports whether c is to run again after it ended with code; nil is an

@@ -45,6 +45,7 @@ type situation struct {
 	obs     Observed
 	old     *corev1.PodStatus // as last reported; nil: never
 	ended   *Ending
+	resize  Resize
 	hostIPs []string
 	runtime string // prefix of container IDs
 	now     time.Time
@@ -238,7 +239,7 @@ func (s *situation) fromRuns(status *corev1.ContainerStatus, c *corev1.Container
 	status.Image, status.ImageID = cmp.Or(last.Image, c.Image), last.ImageID
 	status.RestartCount = max(int32(last.Attempt), old.RestartCount)
 	status.User = last.User
-	status.Resources = reportedResources(c, last)
+	status.Resources = reportedResources(c, last, s.obs.Memory[c.Name])
 	status.AllocatedResources = c.Resources.Requests.DeepCopy()
 	if state := s.state(last); state.Waiting == nil || last.State != cri.ContainerState_CONTAINER_CREATED {
 		status.State = state

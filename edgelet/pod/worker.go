@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -51,6 +50,7 @@ type worker struct {
 	record  Record                  // as it is to be saved; never written through
 	dirty   bool                    // record is not saved yet
 	saving  bool                    // a goroutine saves it
+	holds   bool                    // the pod has been admitted: its requests count
 
 	write chan struct{} // holds a token while something is written to the store
 	sent  uint64        // Seq of the last status sent; owned by who holds write
@@ -64,6 +64,7 @@ type worker struct {
 	killing  map[string]bool
 	stopped  map[string]bool // containers whose preStop hook has run
 	mountErr string
+	resize   Resize
 	finished bool // nothing is left of the pod
 	unsure   bool // a call has failed that may have done its work: obs may be wrong
 	current  *corev1.Pod
@@ -72,11 +73,9 @@ type worker struct {
 
 // adopt takes what is remembered. It is called before the worker runs.
 func (w *worker) adopt(r Record) {
-	w.record, w.admitted = r, true
+	w.record, w.admitted, w.holds = r, true, r.Ended == nil
 	for name, c := range r.Containers {
-		w.obs.Memory[name] = Memory{
-			Begun: c.Begun, Next: c.Next, Exited: c.Exited, Backoff: c.Backoff, Backed: c.Backed, Key: c.Key,
-		}
+		w.obs.Memory[name] = c.memory()
 	}
 	w.finished = r.Gone
 	w.dirty = r.Status != nil // it may not have been sent
@@ -208,6 +207,7 @@ func (w *worker) pass(ctx context.Context, stale, kicked bool) error {
 		return err
 	}
 	w.admitOnce()
+	w.allocate()
 	if !time.Now().Before(w.refresh) {
 		w.obs.Volumes = false
 	}
@@ -342,6 +342,7 @@ func (w *worker) report(now time.Time) {
 	w.remember()
 	w.probe()
 	spec := Spec{Pod: w.current}
+	w.resized()
 	r := &w.record
 	if w.gone || w.current.DeletionTimestamp != nil || !r.StopSince.IsZero() {
 		spec.Stop = &Stop{Remove: true}
@@ -350,15 +351,21 @@ func (w *worker) report(now time.Time) {
 	}
 	status := podStatus(situation{
 		spec: spec, obs: w.obs, old: r.Status, ended: r.Ended,
-		hostIPs: w.m.HostIPs(), runtime: w.m.RuntimeName(), now: now,
+		resize: w.resize, hostIPs: w.m.HostIPs(), runtime: w.m.RuntimeName(), now: now,
 	})
 	if r.Status != nil && equality.Semantic.DeepEqual(*r.Status, status) {
 		return
 	}
 	w.change(func(r *Record) {
-		r.Seq++
+		r.Seq = nextSeq(r.Seq, now)
 		r.Status = &status
 	})
+}
+
+// nextSeq is higher than last and, as far as the clock can be trusted, than all
+// that were ever used, so that a site that has lost its store is still heard.
+func nextSeq(last uint64, now time.Time) uint64 {
+	return max(last+1, uint64(max(now.UnixMilli(), 0)))
 }
 
 // remember keeps what the runtime may forget, and saves it if it is new.
@@ -380,14 +387,9 @@ func (w *worker) remember() {
 	}
 	records := map[string]ContainerRecord{}
 	for name, m := range w.obs.Memory {
-		records[name] = ContainerRecord{
-			Begun: m.Begun, Next: m.Next, Exited: m.Exited, Backoff: m.Backoff, Backed: m.Backed, Key: m.Key,
-		}
+		records[name] = recordOf(m)
 	}
-	if !maps.EqualFunc(records, w.record.Containers, func(a, b ContainerRecord) bool {
-		same := a.Exited == nil && b.Exited == nil || a.Exited != nil && b.Exited != nil && *a.Exited == *b.Exited
-		return same && a.Backed.Equal(b.Backed) && a.Begun == b.Begun && a.Next == b.Next && a.Backoff == b.Backoff && a.Key == b.Key
-	}) {
+	if !equality.Semantic.DeepEqual(records, w.record.Containers) {
 		w.change(func(r *Record) { r.Containers = records })
 	}
 }
@@ -428,19 +430,47 @@ func (w *worker) ips() []string {
 // admitOnce refuses a new pod that the site cannot run. What has begun is never
 // refused.
 func (w *worker) admitOnce() {
-	if w.admitted || len(w.obs.Sandboxes) > 0 || w.gone || w.current.DeletionTimestamp != nil {
-		w.admitted = true
+	if w.admitted {
 		return
 	}
 	w.m.admit.Lock()
 	defer w.m.admit.Unlock()
-	if reason, message := w.m.refuses(w.current); reason != "" {
+	w.admitted = true
+	w.recall()
+	reason, message := "", ""
+	if len(w.obs.Sandboxes) == 0 && !w.gone && w.current.DeletionTimestamp == nil && !ended(w.current.Status.Phase) {
+		reason, message = w.m.refuses(w.current)
+	}
+	if reason != "" {
 		w.event("", corev1.EventTypeWarning, reason, message)
 		w.end(reason, "Pod was rejected: "+message)
-	} else {
-		w.change(func(*Record) {}) // having a record is being admitted
+		return
 	}
-	w.admitted = true
+	w.change(func(*Record) {}) // having a record is having been admitted
+	w.mu.Lock()
+	w.holds = true
+	w.mu.Unlock()
+}
+
+// recall takes from the API what a site that has lost its records had reported, so
+// that what has ended or begun does not begin again.
+func (w *worker) recall() {
+	status := &w.current.Status
+	if status.StartTime == nil {
+		return
+	}
+	for _, c := range slices.Concat(status.InitContainerStatuses, status.ContainerStatuses, status.EphemeralContainerStatuses) {
+		m := w.obs.Memory[c.Name]
+		m.Begun = m.Begun || c.ContainerID != ""
+		if m.Begun {
+			m.Next = max(m.Next, uint32(max(c.RestartCount, 0))+1)
+		}
+		if t := c.State.Terminated; t != nil && m.Exited == nil && t.Reason != reasonUnknown {
+			m.Exited = &t.ExitCode
+		}
+		w.obs.Memory[c.Name] = m
+	}
+	w.change(func(r *Record) { r.Status = status })
 }
 
 // event reports an event of the pod, or of one of its containers.
@@ -530,7 +560,7 @@ func (w *worker) saveGone() {
 	}
 	w.change(func(r *Record) {
 		r.Gone = true
-		r.Seq++
+		r.Seq = nextSeq(r.Seq, time.Now())
 	})
 }
 
