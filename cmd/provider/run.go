@@ -186,7 +186,7 @@ func (o *options) newDoor(ctx context.Context, client kubernetes.Interface, p *p
 	if err != nil {
 		return nil, err
 	}
-	if d.tokens, err = identity.NewTokens(identity.TokensConfig{Client: client, Namespace: o.namespace}); err != nil {
+	if d.tokens, err = identity.NewTokens(identity.TokensConfig{Client: client, Namespace: o.namespace, Log: log}); err != nil {
 		return nil, err
 	}
 	joining, err := bootstrap.NewHandler(bootstrap.HandlerConfig{
@@ -195,7 +195,7 @@ func (o *options) newDoor(ctx context.Context, client kubernetes.Interface, p *p
 	if err != nil {
 		return nil, err
 	}
-	shown, err := bootstrap.NewServerCertificate(bootstrap.ServerConfig{CA: ca, Names: append([]string{bootstrap.ServerName}, o.publicNames...), Log: log})
+	shown, err := bootstrap.NewServerCertificate(bootstrap.ServerConfig{CA: ca, Names: o.publicNames, Log: log})
 	if err != nil {
 		return nil, err
 	}
@@ -223,6 +223,7 @@ func (d *door) ready() error {
 func (d *door) parts() []part {
 	return []part{
 		{"sites", d.sites.Run},
+		{"tokens", d.tokens.Run},
 		{"revocation", func(ctx context.Context) error {
 			return d.sites.Watch(ctx, func(site string, revoked bool) {
 				if revoked {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -84,7 +85,8 @@ func (s *Site) Run(ctx context.Context) (err error) {
 
 // Command is a local edgelet command at the site, as ps or logs.
 func (s *Site) Command(ctx context.Context, args ...string) *exec.Cmd {
-	return exec.CommandContext(ctx, filepath.Join(s.lab.options.Bin, "edgelet"), append(args, "--socket="+s.Socket())...)
+	args = slices.Insert(slices.Clone(args), 1, "--socket="+s.Socket()) // before any "--"
+	return exec.CommandContext(ctx, filepath.Join(s.lab.options.Bin, "edgelet"), args...)
 }
 
 // Socket is the edgelet's local socket.
