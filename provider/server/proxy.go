@@ -186,12 +186,22 @@ func check(resp *http.Response, upgrade string) error {
 	return nil
 }
 
+// offlineStatus is what a request to a site without a session is answered. For
+// logs the API server shows people the text of a 500, but replaces that of a 503
+// by one that says nothing (GenericHttpResponseChecker).
+func offlineStatus(r route) int {
+	if r.class == "logs" {
+		return http.StatusInternalServerError
+	}
+	return http.StatusServiceUnavailable
+}
+
 // proxyFailed answers a request that could not be passed on. It is the only place that
 // maps such errors to HTTP.
 func (s *Server) proxyFailed(w http.ResponseWriter, r *http.Request, err error) {
 	p := passageOf(r)
 	if offline, ok := errors.AsType[errorOffline](err); ok {
-		refuse(w, http.StatusServiceUnavailable, offline.Error())
+		refuse(w, offlineStatus(p.route), offline.Error())
 		return
 	}
 	s.log.Debug("request to a site failed", "node", p.site, "class", p.route.class, "err", err)
