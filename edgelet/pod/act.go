@@ -334,9 +334,9 @@ func (w *worker) create(ctx context.Context, pod *corev1.Pod, c *corev1.Containe
 	if err != nil {
 		return fail(reasonConfig, err)
 	}
+	w.unsure = true // until what was created has been looked at
 	id, err := w.m.Runtime.CreateContainer(ctx, sandbox.ID, config, box)
 	if err != nil {
-		w.unsure = true
 		return fail(reasonCreate, err)
 	}
 	return id, nil

@@ -51,7 +51,9 @@ type fakeRuntime struct {
 	configs    map[string]*cri.ContainerConfig
 	boxes      map[string]*cri.PodSandboxConfig
 	delay      time.Duration // of every call
-	wiped      bool          // the runtime has forgotten everything, once
+	listings   int
+	mute       bool // watchers are told nothing
+	wiped      bool // the runtime has forgotten everything, once
 	succeeded  map[string]bool
 	onStart    func(uid, name string) // with mu held
 }
@@ -85,6 +87,9 @@ func (f *fakeRuntime) enter(ctx context.Context, op, id string) (after error, er
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}
 	f.mu.Lock()
+	if op == "ListPodSandbox" {
+		f.listings++
+	}
 	if op != "ListPodSandbox" && op != "ListContainers" {
 		f.calls = append(f.calls, time.Now().Format("04:05.000 ")+op+" "+id)
 	}
@@ -111,6 +116,9 @@ func (f *fakeRuntime) called(prefix string) int {
 
 // tell tells the watchers that a pod has changed. The caller holds f.mu.
 func (f *fakeRuntime) tell(uid string) {
+	if f.mute {
+		return
+	}
 	for _, w := range f.watchers {
 		go w(types.UID(uid))
 	}
@@ -651,15 +659,19 @@ func newWorld(t testing.TB) *world {
 	return &world{t: t, rt: newFakeRuntime(), site: newFakeSite(), dir: t.TempDir()}
 }
 
-// engine makes an engine that holds the pods, and runs it.
-func (w *world) engine(pods ...*corev1.Pod) {
-	w.t.Helper()
-	config := Config{
+func (w *world) config() Config {
+	return Config{
 		Runtime: w.rt, Images: w.site, Volumes: w.site, Environments: w.site, Probes: w.site, Hooks: w.site,
 		Objects: w.site, Records: w.site, Sink: w.site,
 		HostIPs: func() []string { return []string{"192.0.2.1"} },
 		LogDir:  w.dir + "/logs", Dir: w.dir + "/pods", Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
 	}
+}
+
+// engine makes an engine that holds the pods, and runs it.
+func (w *world) engine(pods ...*corev1.Pod) {
+	w.t.Helper()
+	config := w.config()
 	if w.conf != nil {
 		w.conf(&config)
 	}

@@ -194,12 +194,23 @@ func (p *planner) run() []Action {
 		p.stopSandboxes()
 		return p.done()
 	}
+	p.strays()
 	if !p.obs.Volumes || slices.ContainsFunc(starts, isStart) {
 		p.add(SetUpVolumes{})
 	}
 	p.add(starts...)
 	p.collect()
 	return p.done()
+}
+
+// strays ends what runs although another run of it counts, or in another sandbox.
+func (p *planner) strays() {
+	for i := range p.obs.Containers {
+		c := &p.obs.Containers[i]
+		if mayRun(c.State) && (p.latest(c.Name) != c || !p.inLatest(c)) {
+			p.add(StopContainer{Name: c.Name, ID: c.ID, Grace: p.podGrace()})
+		}
+	}
 }
 
 func isStart(a Action) bool { _, ok := a.(StartContainer); return ok }
@@ -406,7 +417,7 @@ func (p *planner) start(c *corev1.Container, last *Container, sandbox bool) {
 	case last == nil:
 	case last.State == cri.ContainerState_CONTAINER_CREATED && sandbox && p.inLatest(last) && last.Hash == criconfig.Hash(c):
 		a.ID, a.Attempt = last.ID, last.Attempt
-	case last.State == cri.ContainerState_CONTAINER_UNKNOWN:
+	case last.State == cri.ContainerState_CONTAINER_UNKNOWN && sandbox && p.inLatest(last):
 		p.add(StopContainer{Name: c.Name, ID: last.ID, Grace: p.podGrace(),
 			Message: fmt.Sprintf("Container %s is in an unknown state, try killing it before restart", c.Name)})
 	case last.State == cri.ContainerState_CONTAINER_EXITED && sandbox && p.inLatest(last):

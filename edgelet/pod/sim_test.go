@@ -390,7 +390,7 @@ func TestSchedules(t *testing.T) {
 		seed := *firstSeed + uint64(i)
 		ok := t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				s := &schedule{world: newWorld(t), seed: seed, r: rand.New(rand.NewPCG(seed, 0))}
+				s := &schedule{world: newWorld(t), seed: seed, r: newRand(seed)}
 				s.play()
 				if t.Failed() {
 					t.Logf("%s init %d\n%s\n%s", s.pod.Spec.RestartPolicy, len(s.pod.Spec.InitContainers),
@@ -403,3 +403,5 @@ func TestSchedules(t *testing.T) {
 		}
 	}
 }
+
+func newRand(seed uint64) *rand.Rand { return rand.New(rand.NewPCG(seed, 0)) }

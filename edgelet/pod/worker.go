@@ -356,10 +356,30 @@ func (w *worker) report(now time.Time) {
 	if r.Status != nil && equality.Semantic.DeepEqual(*r.Status, status) {
 		return
 	}
+	w.sayBackedOff(r.Status, &status)
 	w.change(func(r *Record) {
 		r.Seq = nextSeq(r.Seq, now)
 		r.Status = &status
 	})
+}
+
+// sayBackedOff reports the containers that have just begun to wait for a restart.
+func (w *worker) sayBackedOff(old, status *corev1.PodStatus) {
+	waits := func(c corev1.ContainerStatus) bool {
+		return c.State.Waiting != nil && c.State.Waiting.Reason == reasonCrashLoop
+	}
+	if old == nil {
+		old = &corev1.PodStatus{}
+	}
+	before := slices.Concat(old.InitContainerStatuses, old.ContainerStatuses)
+	for _, c := range slices.Concat(status.InitContainerStatuses, status.ContainerStatuses) {
+		if waits(c) && !slices.ContainsFunc(before, func(o corev1.ContainerStatus) bool {
+			return o.Name == c.Name && o.RestartCount == c.RestartCount && waits(o)
+		}) {
+			w.event(c.Name, corev1.EventTypeWarning, "BackOff",
+				fmt.Sprintf("Back-off restarting failed container %s in pod %s", c.Name, fullName(w.current)))
+		}
+	}
 }
 
 // nextSeq is higher than last and, as far as the clock can be trusted, than all
