@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc"
@@ -126,6 +127,9 @@ func (c *Client) watchContainerd(ctx context.Context, changed func(types.UID)) e
 		return wrap("subscribe to containerd", "", err)
 	}
 	changed("")
+	var settling sync.WaitGroup
+	defer settling.Wait()
+	defer cancel() // before the wait
 	for {
 		var data []byte
 		if err := stream.RecvMsg(&data); err != nil {
@@ -135,8 +139,37 @@ func (c *Client) watchContainerd(ctx context.Context, changed func(types.UID)) e
 		if err != nil {
 			return err
 		}
-		if event.namespace == eventNamespace {
-			c.tell(event, changed)
+		if event.namespace != eventNamespace {
+			continue
+		}
+		if event.topic == topicExit && event.process == event.container {
+			settling.Go(func() {
+				c.settle(ctx, event.container)
+				c.tell(event, changed)
+			})
+			continue
+		}
+		c.tell(event, changed)
+	}
+}
+
+// settle waits, a second or so at most, until CRI has seen an exit too: containerd
+// tells of it some 30 ms before the state that CRI shows changes, and whoever
+// looked at once would see nothing new and not look again for long.
+func (c *Client) settle(ctx context.Context, id string) {
+	for delay := 5 * time.Millisecond; delay < time.Second; delay *= 2 {
+		container, err := c.ContainerStatus(ctx, id)
+		if err == nil && container.State != cri.ContainerState_CONTAINER_RUNNING {
+			return
+		}
+		if status.Code(err) == codes.NotFound {
+			sandbox, err := c.PodSandboxStatus(ctx, id)
+			if err != nil || sandbox.State != cri.PodSandboxState_SANDBOX_READY {
+				return
+			}
+		}
+		if backoff.Sleep(ctx, delay) != nil {
+			return
 		}
 	}
 }
