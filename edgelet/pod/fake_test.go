@@ -102,6 +102,24 @@ func (f *fakeRuntime) enter(ctx context.Context, op, id string) (after error, er
 	return nil, nil
 }
 
+func (f *fakeRuntime) listed() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.listings
+}
+
+// refuse makes all calls of op fail before they have done anything; "" ends it.
+func (f *fakeRuntime) refuse(op string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.fault = func(o string) (before, after error) {
+		if o == op {
+			return errFake, nil
+		}
+		return nil, nil
+	}
+}
+
 func (f *fakeRuntime) called(prefix string) int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -226,7 +244,7 @@ func (f *fakeRuntime) StopPodSandbox(ctx context.Context, id string) error {
 		return after
 	}
 	for _, c := range f.containers {
-		if c.sandbox == id {
+		if c.sandbox == id && c.State == cri.ContainerState_CONTAINER_RUNNING {
 			f.exit(c, 137, "Error")
 		}
 	}
@@ -630,6 +648,12 @@ func (s *fakeSite) PodForgotten(uid types.UID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.forgotten[uid] = true
+}
+
+func (s *fakeSite) forgot(uid types.UID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.forgotten[uid]
 }
 
 func (s *fakeSite) last(uid types.UID) edge.PodStatus {

@@ -263,20 +263,24 @@ func (m *Manager) relist(ctx context.Context, asked <-chan struct{}, lost <-chan
 }
 
 // compare wakes the workers whose pods have changed, and those that could not
-// work while the runtime was down; it ends what nobody knows.
+// work while the runtime was down; it ends what nobody knows. Pods is shared with
+// workers.
 func (m *Manager) compare(pods map[types.UID]*seen, recovered bool) {
+	known := map[types.UID]bool{}
 	for _, w := range m.all() {
-		s := pods[w.uid]
-		delete(pods, w.uid)
+		known[w.uid] = true
+		digest := pods[w.uid].digest()
 		w.mu.Lock()
-		if w.digest != s.digest() || recovered && w.failing {
+		if w.digest != digest || recovered && w.failing {
 			w.stale = true
 			poke(w.wake)
 		}
 		w.mu.Unlock()
 	}
 	for uid, s := range pods {
-		m.orphan(uid, s)
+		if !known[uid] {
+			m.orphan(uid, s)
+		}
 	}
 }
 

@@ -35,7 +35,7 @@ type lister struct {
 }
 
 type listing struct {
-	done chan struct{} // closed when the rest is set
+	done chan struct{} // closed when the rest is set, which never changes then
 	pods map[types.UID]*seen
 	err  error
 }

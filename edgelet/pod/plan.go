@@ -583,26 +583,3 @@ func (p *planner) nextAttempt() uint32 {
 }
 
 func (p *planner) podGrace() time.Duration { return podGrace(p.pod) }
-
-// sandboxProblem says why the pod cannot use its latest sandbox; empty: it can.
-func sandboxProblem(pod *corev1.Pod, obs Observed) string {
-	ready := 0
-	for _, s := range obs.Sandboxes {
-		if s.Ready {
-			ready++
-		}
-	}
-	switch {
-	case len(obs.Sandboxes) == 0:
-		return "no pod sandbox exists"
-	case ready > 1:
-		return "multiple pod sandboxes are ready and need to be reconciled"
-	case !obs.Sandboxes[0].Ready:
-		return "pod sandbox is not ready"
-	case obs.Sandboxes[0].Network != criconfig.NetworkMode(pod):
-		return "network namespace mode changed and sandbox needs to be recreated"
-	case !pod.Spec.HostNetwork && len(obs.Sandboxes[0].IPs) == 0:
-		return "pod sandbox has no IP address"
-	}
-	return ""
-}

@@ -1,10 +1,14 @@
 package pod
 
 import (
+	"fmt"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/skerry-io/skerry/api/edge"
+	"github.com/skerry-io/skerry/internal/backoff"
 )
 
 // Crash back-off: 10 s after the second exit, doubled with each up to 300 s,
@@ -170,4 +174,114 @@ func podGrace(pod *corev1.Pod) time.Duration {
 		return time.Duration(max(*g, 1)) * time.Second
 	}
 	return 30 * time.Second
+}
+
+// change edits the record and sees to it that it is saved soon.
+func (w *worker) change(edit func(*Record)) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.record.Namespace, w.record.Name = w.current.Namespace, w.current.Name
+	edit(&w.record)
+	w.dirty = true
+	w.saveSoon()
+}
+
+// saveSoon starts what saves the record, unless it runs. The caller holds w.mu.
+func (w *worker) saveSoon() {
+	if w.saving {
+		return
+	}
+	w.saving = true
+	ctx := w.m.ctx
+	w.m.wg.Go(func() {
+		for n := 0; ; n++ {
+			if err := w.save(); err != nil {
+				w.m.Log.Error("pod record cannot be saved", "uid", w.uid, "err", err)
+				if backoff.Sleep(ctx, retryLeast+backoff.Delay(n, retryBase, retryLimit)) == nil {
+					continue
+				}
+			}
+			w.mu.Lock()
+			if !w.dirty || ctx.Err() != nil {
+				w.saving = false
+				w.mu.Unlock()
+				return
+			}
+			w.mu.Unlock()
+		}
+	})
+}
+
+// save writes the record if it has changed, and then sends the status if that
+// has. When it returns nil, what was changed before the call is durable.
+func (w *worker) save() error {
+	w.write <- struct{}{}
+	defer func() { <-w.write }()
+	w.mu.Lock()
+	record, dirty := w.record, w.dirty
+	w.dirty = false
+	w.mu.Unlock()
+	if !dirty {
+		return nil
+	}
+	err := w.m.Records.Put(string(w.uid), record)
+	if err != nil {
+		err = fmt.Errorf("save record: %w", err)
+	} else if record.Status != nil && record.Seq > w.sent {
+		err = w.m.Sink.PodStatus(edge.PodStatus{
+			UID: w.uid, Namespace: record.Namespace, Name: record.Name,
+			Seq: record.Seq, Status: *record.Status, Gone: record.Gone,
+		})
+		if err != nil {
+			err = fmt.Errorf("report status: %w", err)
+		} else {
+			w.sent = record.Seq
+		}
+	}
+	if err != nil {
+		w.mu.Lock()
+		w.dirty = true
+		w.mu.Unlock()
+	}
+	return err
+}
+
+// saveGone says that nothing is left of the pod, once.
+func (w *worker) saveGone() {
+	if w.record.Gone {
+		w.mu.Lock()
+		if w.dirty {
+			w.saveSoon()
+		}
+		w.mu.Unlock()
+		return
+	}
+	w.change(func(r *Record) {
+		r.Gone = true
+		r.Seq = nextSeq(r.Seq, time.Now())
+	})
+}
+
+// leave forgets a pod that is gone and not desired. It reports whether it has.
+func (w *worker) leave() bool {
+	w.write <- struct{}{} // nothing is saved from here on
+	defer func() { <-w.write }()
+	w.m.mu.Lock()
+	w.mu.Lock()
+	left := w.removed
+	if left {
+		w.dirty = false
+		delete(w.m.workers, w.uid)
+	}
+	w.mu.Unlock()
+	w.m.mu.Unlock()
+	if !left {
+		return false
+	}
+	if err := w.m.Records.Delete(string(w.uid)); err != nil {
+		// The next start of the edgelet finds it and ends here again.
+		w.log().Error("pod record cannot be deleted", "err", err)
+	}
+	w.m.Sink.PodForgotten(w.uid)
+	return true
 }

@@ -78,6 +78,7 @@ type schedule struct {
 	pod   *corev1.Pod
 	dead  *atomic.Bool
 	chaos atomic.Bool
+	downs int // reboots and losses of the runtime
 	log   []string
 }
 
@@ -109,6 +110,9 @@ func (s *schedule) randomPod(n int) *corev1.Pod {
 }
 
 func (s *schedule) behave(name string, attempt uint32) behaviour {
+	if name == "other" {
+		return behaviour{}
+	}
 	h := uint64(attempt)
 	for _, c := range name {
 		h = h*31 + uint64(c)
@@ -226,8 +230,10 @@ func (s *schedule) play() {
 	s.rt.onStart = s.checkStart
 	s.site.slowPut = time.Duration(s.r.IntN(20)) * time.Millisecond
 	s.chaos.Store(true)
-	s.boot(s.pod)
-	desired := []*corev1.Pod{s.pod}
+	// Another pod runs beside it, and must not notice.
+	other := newPod(with(nil, ctr("other")), func(p *corev1.Pod) { p.UID, p.Name = "u2", "p2" })
+	desired := []*corev1.Pod{s.pod, other}
+	s.boot(desired...)
 	current := s.pod
 	gone := false
 	for range 3 + s.r.IntN(12) {
@@ -237,8 +243,10 @@ func (s *schedule) play() {
 			switch s.r.IntN(8) {
 			case 0:
 				s.rt.wipe()
+				s.downs++
 			case 1:
 				s.rt.reboot()
+				s.downs++
 			}
 			s.crash()
 			s.boot(desired...)
@@ -254,12 +262,14 @@ func (s *schedule) play() {
 			s.note("reboot")
 			s.dead.Store(true)
 			s.rt.reboot()
+			s.downs++
 			s.crash()
 			s.boot(desired...)
 		case n == 5:
 			s.note("wipe")
 			s.dead.Store(true)
 			s.rt.wipe()
+			s.downs++
 			s.crash()
 			s.boot(desired...)
 		case n == 6:
@@ -268,11 +278,11 @@ func (s *schedule) play() {
 		case n == 7 && !gone:
 			s.note("delete")
 			current = deleted(s.pod, int64(s.r.IntN(30)))
-			desired = []*corev1.Pod{current}
+			desired = []*corev1.Pod{current, other}
 			s.m.Set(current)
 		case n == 8 && !gone && s.r.IntN(2) == 0:
 			s.note("remove")
-			gone, desired = true, nil
+			gone, desired = true, []*corev1.Pod{other}
 			s.m.Remove(s.pod.UID)
 		}
 	}
@@ -284,6 +294,9 @@ func (s *schedule) play() {
 	}
 	s.sleep(30 * time.Minute)
 	s.checkEnd(current, gone)
+	if st := s.status("u2"); st.Phase != corev1.PodRunning || !st.ContainerStatuses[0].Ready || s.rt.starts["u2/other"] > 1+s.downs {
+		s.t.Errorf("the other pod is %s, started %d times with %d reboots", st.Phase, s.rt.starts["u2/other"], s.downs)
+	}
 	s.end()
 	s.checkStatuses()
 }
@@ -295,6 +308,9 @@ func (s *schedule) crash() {
 }
 
 func (s *schedule) checkStart(uid, name string) {
+	if uid != string(s.pod.UID) {
+		return
+	}
 	c := specOf(s.pod, name)
 	n := s.rt.starts[uid+"/"+name]
 	if policy(s.pod, c) == corev1.RestartPolicyNever && n > 1 {
@@ -317,17 +333,22 @@ func (s *schedule) checkStart(uid, name string) {
 // checkEnd checks that the pod has become what it was asked to be.
 func (s *schedule) checkEnd(pod *corev1.Pod, removed bool) {
 	s.rt.mu.Lock()
-	boxes, ready := len(s.rt.sandboxes), 0
+	boxes, ready := 0, 0
 	for _, b := range s.rt.sandboxes {
-		if b.State == 0 {
+		if b.Metadata.Uid != string(pod.UID) {
+			continue
+		}
+		boxes++
+		if b.State == cri.PodSandboxState_SANDBOX_READY {
 			ready++
 		}
 	}
 	s.rt.mu.Unlock()
+	delete(s.site.mounted, "u2")
 	last := s.site.last(pod.UID)
 	switch {
 	case removed || pod.DeletionTimestamp != nil:
-		if boxes > 0 || len(s.site.mounted) > 0 || !removed && !last.Gone || removed && !s.site.forgotten[pod.UID] || !ended(last.Status.Phase) && !removed {
+		if boxes > 0 || len(s.site.mounted) > 0 || !removed && !last.Gone || removed && !s.site.forgot(pod.UID) || !ended(last.Status.Phase) && !removed {
 			s.t.Errorf("not gone: %d sandboxes, volumes %v, gone %t, forgotten %v, phase %s",
 				boxes, s.site.mounted, last.Gone, s.site.forgotten, last.Status.Phase)
 		}
