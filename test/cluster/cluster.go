@@ -51,6 +51,7 @@ type Cluster struct {
 	etcd    string // URL
 	ca      *authority
 	starter *starter
+	node    *Node // nil but from StartNode to StopNode
 
 	mu        sync.Mutex // guards processes
 	processes map[string]*Process
@@ -250,9 +251,11 @@ func (c *Cluster) Process(name string) *Process {
 	return c.processes[name]
 }
 
-// Stop ends all components, the last started first.
+// Stop ends all components, the last started first. A caller that has started a
+// node, and wants to know whether all of it is gone, calls StopNode before.
 func (c *Cluster) Stop() {
-	for _, name := range []string{"kube-proxy", "kubelet", "kube-scheduler", "kube-controller-manager", "kube-apiserver", "etcd"} {
+	_ = c.StopNode(context.Background())
+	for _, name := range []string{"kube-scheduler", "kube-controller-manager", "kube-apiserver", "etcd"} {
 		if p := c.Process(name); p != nil {
 			p.Stop(5 * time.Second)
 		}

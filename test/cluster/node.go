@@ -23,8 +23,13 @@ type Node struct {
 
 // StartNode starts a kubelet, and a kube-proxy, so that pods reach services, and
 // returns when both are healthy; the Node becomes Ready a little later. The files
-// of pods stay below the cluster's Dir.
+// of pods stay below the cluster's Dir and their cgroups below one of the cluster's
+// own, so that an edgelet may run beside it. There can be one such node on a
+// machine: kube-proxy takes all chains KUBE-… to be its own. StopNode removes what
+// it has made, but for the sysctls that every kubelet sets (vm.overcommit_memory,
+// kernel.panic and the like).
 func (c *Cluster) StartNode(ctx context.Context, n Node) error {
+	c.node = &n
 	ports, err := freePorts("127.0.0.1", 3)
 	if err != nil {
 		return fmt.Errorf("start node: %w", err)
@@ -33,7 +38,7 @@ func (c *Cluster) StartNode(ctx context.Context, n Node) error {
 		return fmt.Errorf("start node: %w", err)
 	}
 	p, err := c.kube("kube-proxy", "--kubeconfig="+c.ca.path("kube-proxy.kubeconfig"), "--hostname-override="+n.Name,
-		"--cluster-cidr="+n.PodCIDR, "--proxy-mode=iptables", "--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0",
+		"--cluster-cidr="+n.PodCIDR, "--proxy-mode=iptables", "--iptables-localhost-nodeports=false", "--oom-score-adj=0", "--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0",
 		"--conntrack-tcp-timeout-close-wait=0", "--healthz-bind-address=127.0.0.1:"+ports[1], "--metrics-bind-address=127.0.0.1:"+ports[2])
 	if err != nil {
 		return fmt.Errorf("start node: %w", err)
@@ -57,7 +62,10 @@ func (c *Cluster) startKubelet(ctx context.Context, n Node, healthz string) erro
 	if err != nil {
 		return err
 	}
-	dir := filepath.Join(c.Dir, "kubelet")
+	if err := makeCgroups(c.cgroup()); err != nil {
+		return err
+	}
+	dir := c.kubeletDir()
 	config, err := yaml.Marshal(map[string]any{
 		"apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
 		"authentication":           map[string]any{"anonymous": map[string]any{"enabled": false}, "webhook": map[string]any{"enabled": true}, "x509": map[string]any{"clientCAFile": c.CA()}},
@@ -69,11 +77,14 @@ func (c *Cluster) startKubelet(ctx context.Context, n Node, healthz string) erro
 		"tlsPrivateKeyFile":        c.ca.path("kubelet-serving.key"),
 		"containerRuntimeEndpoint": n.Runtime,
 		"cgroupDriver":             "cgroupfs",
+		"cgroupRoot":               c.cgroup(),
 		"failCgroupV1":             false,
 		"failSwapOn":               false,
 		"oomScoreAdj":              0, // a negative one needs CAP_SYS_RESOURCE
 		"enforceNodeAllocatable":   []string{},
 		"podLogsDir":               filepath.Join(dir, "logs"),
+		"volumePluginDir":          filepath.Join(dir, "plugins-exec"),
+		"makeIPTablesUtilChains":   false,
 		"evictionHard":             map[string]string{"memory.available": "50Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
 	})
 	if err != nil {

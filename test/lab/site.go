@@ -20,7 +20,7 @@ import (
 type Site struct {
 	Name       string
 	Dir        string
-	Link       *Link // to the provider
+	Link       *Link // to the provider; nil after JoinSite
 	Containerd *containerd.Instance
 	Edgelet    *cluster.Process
 
@@ -29,32 +29,43 @@ type Site struct {
 
 // AddSite starts a containerd, joins the site with a token as a user would, and
 // runs its edgelet. It does not wait until the Node is Ready.
-func (l *Lab) AddSite(ctx context.Context, name string) (_ *Site, err error) {
-	s := &Site{Name: name, Dir: filepath.Join(l.Dir, name), lab: l}
+func (l *Lab) AddSite(ctx context.Context, name string) (*Site, error) {
+	link, err := NewLink(l.Address, l.ProviderAddress())
+	if err != nil {
+		return nil, fmt.Errorf("site %s: %w", name, err)
+	}
+	line, err := l.Token(ctx, "--site="+name, "--server=https://"+link.Address)
+	if err != nil {
+		link.Close()
+		return nil, fmt.Errorf("site %s: %w", name, err)
+	}
+	return l.joinSite(ctx, &Site{Name: name, Link: link}, line)
+}
+
+// JoinSite is AddSite for a site that was given its join line, and has no Link.
+func (l *Lab) JoinSite(ctx context.Context, name, line string) (*Site, error) {
+	return l.joinSite(ctx, &Site{Name: name}, line)
+}
+
+func (l *Lab) joinSite(ctx context.Context, s *Site, line string) (_ *Site, err error) {
+	s.Dir, s.lab = filepath.Join(l.Dir, s.Name), l
 	l.sites = append(l.sites, s) // from here on Close cleans up after it
 	if err := os.MkdirAll(s.Dir, 0o755); err != nil {
 		return nil, err
 	}
 	s.Containerd, err = containerd.Start(ctx, containerd.Options{Dir: filepath.Join(s.Dir, "c"), Archives: []string{l.images}})
 	if err != nil {
-		return nil, fmt.Errorf("site %s: containerd: %w", name, err)
+		return nil, fmt.Errorf("site %s: containerd: %w", s.Name, err)
 	}
-	if s.Link, err = NewLink(l.Address, l.ProviderAddress()); err != nil {
-		return nil, fmt.Errorf("site %s: %w", name, err)
-	}
-	if err := s.join(ctx); err != nil {
-		return nil, fmt.Errorf("site %s: %w", name, err)
+	if err := s.join(ctx, line); err != nil {
+		return nil, fmt.Errorf("site %s: %w", s.Name, err)
 	}
 	return s, s.Run(ctx)
 }
 
 // join runs the line that `skerry-provider token create` prints, with the folders
 // of this site added.
-func (s *Site) join(ctx context.Context) error {
-	line, err := s.lab.Token(ctx, "--site="+s.Name, "--server=https://"+s.Link.Address)
-	if err != nil {
-		return err
-	}
+func (s *Site) join(ctx context.Context, line string) error {
 	argv := strings.Fields(line)
 	argv[0] = filepath.Join(s.lab.options.Bin, argv[0])
 	argv = append(argv, "--data-dir="+s.dataDir(), "--config="+s.config(), "--socket="+s.Socket(),
