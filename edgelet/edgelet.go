@@ -85,6 +85,7 @@ func New(c Config) (_ *Edgelet, err error) {
 	if err := e.compose(); err != nil {
 		return nil, errors.Join(err, e.db.Close())
 	}
+	e.registerMetrics()
 	return e, nil
 }
 

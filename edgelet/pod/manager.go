@@ -333,12 +333,12 @@ func (m *Manager) Set(pod *corev1.Pod) error {
 	return nil
 }
 
-// Remove makes a pod no longer desired: it is ended within its grace period,
-// unless it has been already, and then forgotten.
+// Remove makes a pod no longer desired and forgets it once it has ended. If it has
+// not yet, its object was deleted by force, and it is ended at once.
 func (m *Manager) Remove(uid types.UID) {
 	m.wake(uid, func(w *worker) {
 		if !w.removed {
-			w.removed = true
+			w.removed, w.forced = true, true
 			w.interrupt()
 		}
 	})

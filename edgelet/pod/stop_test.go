@@ -42,7 +42,7 @@ func TestTermination(t *testing.T) {
 			}},
 		"forced": {pod: newPod(), deaf: true, min: 2 * time.Second, max: 3 * time.Second, calls: "2s",
 			delete: func(w *world, pod *corev1.Pod) { w.m.Set(deleted(pod, 0)) }},
-		"removed without having been deleted": {pod: newPod(), deaf: true, min: 30 * time.Second, max: 31 * time.Second, calls: "30s",
+		"removed without having been deleted: by force": {pod: newPod(), deaf: true, min: 2 * time.Second, max: 3 * time.Second, calls: "2s",
 			delete: func(w *world, pod *corev1.Pod) { w.m.Remove(pod.UID) }},
 		"the engine restarts meanwhile": {pod: newPod(), deaf: true, min: 30 * time.Second, max: 31 * time.Second, calls: "20s",
 			delete: func(w *world, pod *corev1.Pod) {

@@ -41,6 +41,7 @@ type worker struct {
 	mu      sync.Mutex // guards what follows
 	pod     *corev1.Pod
 	removed bool
+	forced  bool                    // the API object vanished before the pod had ended: a person forced that
 	stale   bool                    // the runtime must be listed
 	kicked  bool                    // something that the pod depends on has changed
 	cancel  context.CancelCauseFunc // of the pass under way
@@ -68,6 +69,7 @@ type worker struct {
 	unsure   bool // a call has failed that may have done its work: obs may be wrong
 	current  *corev1.Pod
 	gone     bool // w.removed as of this pass
+	force    bool // w.forced as of this pass
 }
 
 // adopt takes what is remembered. It is called before the worker runs.
@@ -147,7 +149,7 @@ func (w *worker) turn(ctx context.Context) (over bool) {
 	w.mu.Lock()
 	stale, kicked := w.stale, w.kicked
 	w.stale, w.kicked = false, false
-	w.current, w.gone, w.cancel = w.pod, w.removed, cancel
+	w.current, w.gone, w.force, w.cancel = w.pod, w.removed, w.forced, cancel
 	w.mu.Unlock()
 
 	w.next = time.Time{}
@@ -301,7 +303,11 @@ func (w *worker) spec(now time.Time) Spec {
 	remove := w.gone || pod.DeletionTimestamp != nil || !r.StopSince.IsZero()
 	switch {
 	case remove:
-		if grace := stopGrace(pod); r.StopSince.IsZero() || grace < r.StopGrace {
+		grace := stopGrace(pod)
+		if w.force { // the name is free, and whatever takes its place may run already
+			grace = leastGrace
+		}
+		if r.StopSince.IsZero() || grace < r.StopGrace {
 			w.change(func(r *Record) {
 				r.StopSince, r.StopGrace = now, grace
 				if w.gone {

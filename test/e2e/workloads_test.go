@@ -29,7 +29,7 @@ spec:
 	kubectl(t, "-n", ns, "rollout", "status", "deployment/web", "--timeout=60s")
 	kubectl(t, "-n", ns, "set", "env", "deployment/web", "RELEASE=two")
 	kubectl(t, "-n", ns, "rollout", "status", "deployment/web", "--timeout=90s")
-	if out := kubectl(t, "-n", ns, "exec", "deployment/web", "--", "printenv", "RELEASE"); out != "two\n" {
+	if out := kubectl(t, "-n", ns, "exec", "deployment/web", "--", "sh", "-c", "echo $RELEASE"); out != "two\n" {
 		t.Errorf("after the rollout: %q", out)
 	}
 	kubectl(t, "-n", ns, "scale", "deployment/web", "--replicas=0")
@@ -208,7 +208,7 @@ spec:
       livenessProbe: {exec: {command: [cat, /alive]}, periodSeconds: 1, failureThreshold: 2}
     - name: open
       image: $IMAGE
-      command: [sh, -c, 'exec nc -lk -p 9000 -e cat']
+      command: [sh, -c, 'sleep 2; exec httpd -f -p 9000']
       startupProbe: {tcpSocket: {port: 9000}, periodSeconds: 1}
 `)
 	awaitPath(t, ns, "pod/probed", `.status.containerStatuses[?(@.name=="open")].started`, "true")
