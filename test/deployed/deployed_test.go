@@ -40,6 +40,7 @@ func TestDeployed(t *testing.T) {
 		{"kubectl works on its pod", useKubectl},
 		{"the provider's account can do no more than it must", rights},
 		{"the provider's pod is replaced and nobody at the site notices", replace},
+		{"the provider is upgraded and nobody at the site notices", upgrade},
 	} {
 		if !t.Run(step.name, step.do) {
 			return
@@ -114,15 +115,15 @@ func join(t *testing.T) {
 	}
 	kubectl(t, "wait", "--for=create", "--timeout=60s", "node/"+siteName)
 	kubectl(t, "wait", "--for=condition=Ready", "--timeout=60s", "node/"+siteName)
-	if at, want := address(t), onePod(t, lab.Namespace, provider).Status.PodIP; at != want {
-		t.Errorf("the Node is at %s, want the provider's pod, %s", at, want)
+	// The API server reaches the site through the provider's pod.
+	n, err := admin.CoreV1().Nodes().Get(t.Context(), siteName, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
 	}
-}
-
-// address is where the API server looks for the site's kubelet API.
-func address(t *testing.T) string {
-	t.Helper()
-	return strings.TrimSpace(kubectl(t, "get", "node", siteName, "-o", `jsonpath={.status.addresses[?(@.type=="InternalIP")].address}`))
+	want := corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: onePod(t, lab.Namespace, provider).Status.PodIP}
+	if !slices.Contains(n.Status.Addresses, want) {
+		t.Errorf("the Node is at %v, want the provider's pod, %v", n.Status.Addresses, want)
+	}
 }
 
 // workload serves a Secret's value, which the site gets because its pod names it.
@@ -199,12 +200,35 @@ func useKubectl(t *testing.T) {
 }
 
 func replace(t *testing.T) {
-	before, containers, edgelet := onePod(t, lab.Namespace, provider), running(t), site.Edgelet.PID()
+	unnoticed(t, func() { kubectl(t, "-n", lab.Namespace, "delete", "pod", onePod(t, lab.Namespace, provider).Name) })
+	// The new replica takes changes to the site, too.
+	kubectl(t, "scale", "deployment/web", "--replicas=2")
+	kubectl(t, "rollout", "status", "deployment/web", "--timeout=120s")
+}
+
+// upgrade has two replicas for a moment, as any new version of the manifests does.
+func upgrade(t *testing.T) {
+	unnoticed(t, func() { kubectl(t, "-n", lab.Namespace, "rollout", "restart", "deployment/skerry-provider") })
+	kubectl(t, "scale", "deployment/web", "--replicas=1")
+	kubectl(t, "wait", "--for=jsonpath={.status.replicas}=1", "deployment/web", "--timeout=60s")
+	until(t, time.Minute, "one container is left at the site", func() error {
+		if n := len(running(t)); n != 1 {
+			return fmt.Errorf("there are %d", n)
+		}
+		return nil
+	})
+}
+
+// unnoticed does something by which the provider's pod is replaced, and sees that
+// the cloud comes back to the site and the site goes on as if nothing had been.
+func unnoticed(t *testing.T, disturb func()) {
+	t.Helper()
+	before, containers := onePod(t, lab.Namespace, provider), running(t)
 	if len(containers) == 0 {
 		t.Fatal("nothing runs at the site")
 	}
 	began := time.Now()
-	kubectl(t, "-n", lab.Namespace, "delete", "pod", before.Name)
+	disturb()
 	kubectl(t, "-n", lab.Namespace, "rollout", "status", "deployment/skerry-provider", "--timeout=180s")
 	after := onePod(t, lab.Namespace, provider)
 	if after.UID == before.UID {
@@ -216,7 +240,7 @@ func replace(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		if at := address(t); at != after.Status.PodIP {
+		if at := n.Status.Addresses[0].Address; at != after.Status.PodIP {
 			return fmt.Errorf("the Node is at %s, want %s", at, after.Status.PodIP)
 		}
 		return errors.Join(holds(n, corev1.NodeReady), holds(n, "EdgeConnected"))
@@ -228,17 +252,21 @@ func replace(t *testing.T) {
 	if now := running(t); !slices.Equal(now, containers) {
 		t.Errorf("containers at the site: %v, before %v", now, containers)
 	}
-	if c := onePod(t, "default", "app=web").Status.ContainerStatuses[0]; !c.Ready || c.RestartCount != 0 || !slices.Contains(containers, strings.TrimPrefix(c.ContainerID, "containerd://")) {
-		t.Errorf("the pod's status is %+v", c)
+	pods, err := admin.CoreV1().Pods("default").List(t.Context(), metav1.ListOptions{LabelSelector: "app=web"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, pod := range pods.Items {
+		c := pod.Status.ContainerStatuses[0]
+		if !c.Ready || c.RestartCount != 0 || !slices.Contains(containers, strings.TrimPrefix(c.ContainerID, "containerd://")) {
+			t.Errorf("pod %s: its status is %+v", pod.Name, c)
+		}
 	}
 	select {
 	case <-site.Edgelet.Done():
-		t.Errorf("edgelet %d has ended:\n%s", edgelet, site.Edgelet.Tail())
+		t.Errorf("the edgelet has ended:\n%s", site.Edgelet.Tail())
 	default:
 	}
-	// The new replica takes changes to the site, too.
-	kubectl(t, "scale", "deployment/web", "--replicas=2")
-	kubectl(t, "rollout", "status", "deployment/web", "--timeout=120s")
 }
 
 func holds(n *corev1.Node, condition corev1.NodeConditionType) error {
