@@ -688,7 +688,7 @@ func (w *world) config() Config {
 		Runtime: w.rt, Images: w.site, Volumes: w.site, Environments: w.site, Probes: w.site, Hooks: w.site,
 		Objects: w.site, Records: w.site, Sink: w.site,
 		HostIPs: func() []string { return []string{"192.0.2.1"} },
-		LogDir:  w.dir + "/logs", Dir: w.dir + "/pods", Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		LogDir:  w.dir + "/logs", Dir: w.dir + "/pods", CgroupDir: w.dir + "/cgroup", Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
 	}
 }
 

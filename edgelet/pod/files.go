@@ -258,3 +258,61 @@ func (w *worker) removeFiles() error {
 	}
 	return nil
 }
+
+// removeCgroup removes the cgroups that the runtime has made for the pod and does
+// not remove with it: of each hierarchy where there are several (cgroup v1).
+func (w *worker) removeCgroup() error {
+	hierarchies := []string{w.m.CgroupDir}
+	if _, err := os.Lstat(filepath.Join(w.m.CgroupDir, "cgroup.controllers")); errors.Is(err, fs.ErrNotExist) {
+		entries, err := os.ReadDir(w.m.CgroupDir)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove cgroups: %w", err)
+		}
+		hierarchies = nil
+		for _, e := range entries {
+			if e.IsDir() {
+				hierarchies = append(hierarchies, filepath.Join(w.m.CgroupDir, e.Name()))
+			}
+		}
+	}
+	for _, dir := range hierarchies {
+		root, err := os.OpenRoot(dir)
+		if err != nil {
+			return fmt.Errorf("remove cgroups: %w", err)
+		}
+		// The class of a pod whose spec is lost is not known.
+		for _, class := range []corev1.PodQOSClass{corev1.PodQOSGuaranteed, corev1.PodQOSBurstable, corev1.PodQOSBestEffort} {
+			pod := corev1.Pod{ObjectMeta: w.current.ObjectMeta, Status: corev1.PodStatus{QOSClass: class}}
+			name := criconfig.CgroupParent(w.m.CgroupRoot, w.m.CgroupDriver(), &pod)
+			err = errors.Join(err, removeDirs(root, strings.TrimPrefix(name, "/")))
+		}
+		root.Close()
+		if err != nil {
+			return fmt.Errorf("remove cgroups: %w", err)
+		}
+	}
+	return nil
+}
+
+// removeDirs removes a directory and those below it. The files in cgroups are the
+// kernel's and go with them.
+func removeDirs(root *os.Root, name string) error {
+	entries, err := fs.ReadDir(root.FS(), name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.IsDir() {
+			if err := removeDirs(root, path.Join(name, e.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	if err := root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}

@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -92,5 +93,50 @@ func TestFilesStayInside(t *testing.T) {
 		if err := m.Set(pod); err == nil {
 			t.Errorf("Set(%s/%s %s) = nil, want an error", pod.Namespace, pod.Name, pod.UID)
 		}
+	}
+}
+
+func TestCgroupsAreRemoved(t *testing.T) {
+	tests := map[string]struct {
+		driver string
+		v2     bool
+		dirs   []string
+	}{
+		"v1, cgroupfs": {"cgroupfs", false, []string{"cpu/kubepods/besteffort/podu1/c-3", "memory/kubepods/besteffort/podu1", "pids/kubepods"}},
+		"v2, cgroupfs": {"cgroupfs", true, []string{"kubepods/besteffort/podu1/c-3/deep"}},
+		"v2, systemd":  {"systemd", true, []string{"kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-podu1.slice/x.scope"}},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			try(t, func(t *testing.T, w *world) {
+				w.conf = func(c *Config) { c.CgroupDriver = func() string { return tt.driver } }
+				for _, dir := range append(tt.dirs, "kubepods/podother") {
+					if err := os.MkdirAll(filepath.Join(w.dir, "cgroup", dir), 0o755); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if tt.v2 {
+					os.WriteFile(filepath.Join(w.dir, "cgroup", "cgroup.controllers"), nil, 0o600)
+				}
+				pod := newPod()
+				w.engine(pod)
+				w.sleep(time.Second)
+				w.m.Set(deleted(pod, 1))
+				w.sleep(5 * time.Second)
+				if !w.site.last("u1").Gone {
+					t.Errorf("not gone")
+				}
+				filepath.WalkDir(filepath.Join(w.dir, "cgroup"), func(path string, _ fs.DirEntry, _ error) error {
+					if strings.Contains(path, "podu1") {
+						t.Errorf("%s is left", path)
+					}
+					return nil
+				})
+				if _, err := os.Stat(filepath.Join(w.dir, "cgroup", "kubepods/podother")); err != nil {
+					t.Error(err)
+				}
+				w.end()
+			})
+		})
 	}
 }

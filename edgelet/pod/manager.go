@@ -60,6 +60,7 @@ type Config struct {
 	Dir        string // the pods' own files; default /var/lib/edgelet/pods
 	SeccompDir string // profiles that pods may name; default /var/lib/kubelet/seccomp
 	CgroupRoot string // default kubepods
+	CgroupDir  string // where cgroups are mounted; default /sys/fs/cgroup
 
 	Sysctls []string // allowed besides the safe ones; a trailing * matches any rest
 
@@ -96,6 +97,7 @@ func (c Config) withDefaults() (Config, error) {
 	c.Dir = cmp.Or(c.Dir, "/var/lib/edgelet/pods")
 	c.SeccompDir = cmp.Or(c.SeccompDir, "/var/lib/kubelet/seccomp")
 	c.CgroupRoot = cmp.Or(c.CgroupRoot, "kubepods")
+	c.CgroupDir = cmp.Or(c.CgroupDir, "/sys/fs/cgroup")
 	c.Relist = cmp.Or(c.Relist, 10*time.Second)
 	c.Refresh = cmp.Or(c.Refresh, time.Minute)
 	if c.Log == nil {

@@ -189,7 +189,7 @@ func (w *worker) tearDown(ctx context.Context, a TearDown) error {
 	if !a.All {
 		return nil
 	}
-	if err := w.removeFiles(); err != nil {
+	if err := errors.Join(w.removeFiles(), w.removeCgroup()); err != nil {
 		return err
 	}
 	w.finished = true
