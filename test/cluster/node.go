@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"crypto/x509/pkix"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -62,7 +63,7 @@ func (c *Cluster) startKubelet(ctx context.Context, n Node, healthz string) erro
 	if err != nil {
 		return err
 	}
-	if err := makeCgroups(c.cgroup()); err != nil {
+	if err := errors.Join(c.removeLeftovers(ctx), makeCgroups(cgroup)); err != nil {
 		return err
 	}
 	dir := c.kubeletDir()
@@ -77,7 +78,7 @@ func (c *Cluster) startKubelet(ctx context.Context, n Node, healthz string) erro
 		"tlsPrivateKeyFile":        c.ca.path("kubelet-serving.key"),
 		"containerRuntimeEndpoint": n.Runtime,
 		"cgroupDriver":             "cgroupfs",
-		"cgroupRoot":               c.cgroup(),
+		"cgroupRoot":               cgroup,
 		"failCgroupV1":             false,
 		"failSwapOn":               false,
 		"oomScoreAdj":              0, // a negative one needs CAP_SYS_RESOURCE

@@ -21,6 +21,10 @@ import (
 // cgroupfs is where the cgroup hierarchies are mounted.
 const cgroupfs = "/sys/fs/cgroup"
 
+// cgroup is the parent of all that the kubelet makes. The default, /kubepods, is
+// where an edgelet has its pods too, and a kubelet ends whatever it doesn't know.
+const cgroup = "/skerry-node"
+
 // containerLogs is where every kubelet links the logs of its containers.
 const containerLogs = "/var/log/containers"
 
@@ -41,25 +45,21 @@ func (c *Cluster) StopNode(ctx context.Context) error {
 			p.Stop(10 * time.Second)
 		}
 	}
-	err := errors.Join(
-		removePods(ctx, node.Runtime),
-		unmountAll(c.kubeletDir()),
-		removeCgroups(ctx, c.cgroup()),
-		removeLinks(containerLogs, c.kubeletDir()),
-		c.removeRules(ctx),
-	)
+	err := errors.Join(removePods(ctx, node.Runtime), c.removeLeftovers(ctx), c.removeRules(ctx))
 	if err != nil {
 		return fmt.Errorf("stop node: %w", err)
 	}
 	return nil
 }
 
+// removeLeftovers removes what a kubelet leaves on the machine, one that was killed
+// in an earlier run included, if the cluster's Dir is still the same.
+func (c *Cluster) removeLeftovers(ctx context.Context) error {
+	return errors.Join(unmountAll(c.kubeletDir()), removeCgroups(ctx, cgroup), removeLinks(containerLogs, c.kubeletDir()))
+}
+
 // kubeletDir holds the kubelet's state and the volumes of its pods.
 func (c *Cluster) kubeletDir() string { return filepath.Join(c.Dir, "kubelet") }
-
-// cgroup is the parent of all that the kubelet makes. The default, /kubepods, is
-// where an edgelet has its pods too, and a kubelet ends whatever it doesn't know.
-func (c *Cluster) cgroup() string { return fmt.Sprintf("/skerry-node-%d", os.Getpid()) }
 
 // hierarchies are the folders below which cgroups are made: one with cgroup v2,
 // one for each controller with v1.

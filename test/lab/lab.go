@@ -27,45 +27,51 @@ const Namespace = "skerry-system"
 
 // Options say what to set up. All fields may be left zero.
 type Options struct {
-	Dir string    // holds all state; default a temporary folder that Close removes
 	Bin string    // folder of skerry-provider and edgelet; default bin at the root of the source tree
 	Net int       // third byte of the lab's address, 10.98.<Net>.1; labs at the same time need different ones
 	Out io.Writer // progress; default none
 }
 
-// A Lab is a control plane and a provider, with sites added as needed.
+// A Lab is a control plane, with a provider and sites added as needed.
 type Lab struct {
 	Cluster  *cluster.Cluster
-	Dir      string
+	Dir      string // holds all state; Close removes it
 	Address  string // of the lab's bridge: API server, provider and links listen here
 	Provider *cluster.Process
 
 	options Options
 	bridge  string
-	own     bool // Dir was made by Start
+	claim   net.Listener // of the lab's number
 	images  string
 	sites   []*Site
 }
 
-// Start sets up a control plane and a provider that runs beside it, with the
-// identity and the rights that the manifests give it.
+// Start sets up a control plane, after removing what a lab of the same number has
+// left that was killed.
 func Start(ctx context.Context, o Options) (_ *Lab, err error) {
 	o.Bin = cmp.Or(o.Bin, filepath.Join(Root(), "bin"))
 	if o.Out == nil {
 		o.Out = io.Discard
 	}
-	l := &Lab{Dir: o.Dir, options: o, bridge: fmt.Sprintf("skerry-lab%d", o.Net), Address: fmt.Sprintf("10.98.%d.1", o.Net)}
-	if l.Dir == "" {
-		if l.Dir, err = os.MkdirTemp("", "skerry-lab-"); err != nil {
-			return nil, err
-		}
-		l.own = true
+	l := &Lab{
+		Dir:     filepath.Join(os.TempDir(), fmt.Sprintf("skerry-lab-%d", o.Net)),
+		Address: fmt.Sprintf("10.98.%d.1", o.Net),
+		options: o, bridge: fmt.Sprintf("skerry-lab%d", o.Net),
+	}
+	if l.claim, err = net.Listen("unix", "@"+l.bridge); err != nil {
+		return nil, fmt.Errorf("lab %d is in use: %w", o.Net, err)
 	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, l.Close(context.WithoutCancel(ctx)))
 		}
 	}()
+	if err := removeLeftovers(l.Dir); err != nil {
+		return nil, fmt.Errorf("lab %d: %w", o.Net, err)
+	}
+	if err := os.Mkdir(l.Dir, 0o755); err != nil {
+		return nil, err
+	}
 	if err := cluster.AddBridge(l.bridge, l.Address+"/24"); err != nil {
 		return nil, err
 	}
@@ -196,10 +202,7 @@ func (l *Lab) Close(ctx context.Context) error {
 		l.Cluster.Stop()
 	}
 	cluster.DeleteBridge(l.bridge)
-	if l.own {
-		errs = append(errs, os.RemoveAll(l.Dir))
-	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, os.RemoveAll(l.Dir), l.claim.Close())...)
 }
 
 // Root is the root of the source tree.
