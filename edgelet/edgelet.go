@@ -51,6 +51,7 @@ type Edgelet struct {
 	identity *bootstrap.Identity
 	db       *store.DB
 	desired  *desiredSet
+	complete chan struct{} // closed when the provider has first said that the desired set is complete
 	outbox   *outbox
 	runtime  *cri.Client
 	node     *stats.Node
@@ -72,7 +73,7 @@ func New(c Config) (_ *Edgelet, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("configuration: %w", err)
 	}
-	e := &Edgelet{config: c, log: c.Log, started: time.Now()}
+	e := &Edgelet{config: c, log: c.Log, started: time.Now(), complete: make(chan struct{})}
 	if e.identity, err = bootstrap.Load(IdentityDir(c)); err != nil {
 		return nil, err
 	}
@@ -211,10 +212,11 @@ func (e *Edgelet) wantedImages() []string {
 // Run runs the site until ctx is done, and leaves the pods running.
 func (e *Edgelet) Run(ctx context.Context) error {
 	e.log.Info("edgelet starts", "site", e.config.Site, "version", version.String(), "runtime", e.runtime.Endpoint())
+	e.desired.complete = sync.OnceFunc(func() { close(e.complete) })
 	e.desired.start(e.pods)
 	group, ctx := errgroup.WithContext(ctx)
 	for name, run := range map[string]func(context.Context) error{
-		"pods":          e.pods.Run,
+		"pods":          e.runPods,
 		"probes":        e.probes.Run,
 		"images":        e.images.Run,
 		"log rotation":  e.rotator.Run,
@@ -235,6 +237,34 @@ func (e *Edgelet) Run(ctx context.Context) error {
 	e.outbox.flush()
 	e.log.Info("edgelet stops; its pods go on", "err", err)
 	return errors.Join(err, e.runtime.Close(), e.db.Close())
+}
+
+// runPods runs the pod engine. A store that has lost something does not know all
+// pods that may run here: then nothing is touched until the provider has said that
+// it has sent everything, however often the edgelet is started before.
+func (e *Edgelet) runPods(ctx context.Context) error {
+	state := store.NewTable[bool](e.db, "state")
+	const incomplete = "incomplete"
+	if damage := e.db.Damage(); e.db.Fresh() || len(damage) > 0 {
+		if err := state.Put(incomplete, true); err != nil {
+			return err
+		}
+	}
+	if waiting, err := state.Get(incomplete); err != nil && !errors.Is(err, store.ErrNotFound) {
+		return err
+	} else if waiting {
+		e.log.Error("the store has lost something: pods are left alone until the provider has sent the desired set", "damage", e.db.Damage())
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-e.complete:
+		}
+		if err := state.Delete(incomplete); err != nil {
+			return err
+		}
+		e.log.Info("the desired set is complete again")
+	}
+	return e.pods.Run(ctx)
 }
 
 // watchStore ends the edgelet when its store has failed: systemd starts it again,
@@ -325,6 +355,11 @@ func (t times) Save(key string, value map[string]time.Time) error { return t.tab
 
 // events is the store's queue as the outbox sees it.
 type events struct{ *store.Queue[edge.Event] }
+
+func (q events) PushAll(list []edge.Event) error {
+	_, err := q.Queue.PushAll(list)
+	return err
+}
 
 func (q events) Peek(limit int) ([]queuedEvent, error) {
 	items, err := q.Queue.Peek(limit)

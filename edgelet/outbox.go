@@ -38,7 +38,7 @@ type statusTable interface {
 // eventQueue is a bounded durable queue; package store implements it. The
 // sequence numbers never repeat.
 type eventQueue interface {
-	PushAll(events []edge.Event) (first uint64, err error)
+	PushAll(events []edge.Event) error
 	Peek(limit int) ([]queuedEvent, error)
 	Ack(seq uint64) error
 }
@@ -69,9 +69,14 @@ type outbox struct {
 	flushing *time.Timer
 }
 
+// An eventKey is what makes an event the same again.
 type eventKey struct {
-	uid             types.UID
-	reason, message string
+	uid                              types.UID
+	fieldPath, kind, reason, message string
+}
+
+func keyOf(e edge.Event) eventKey {
+	return eventKey{e.Object.UID, e.Object.FieldPath, e.Type, e.Reason, e.Message}
 }
 
 func newOutbox(statuses statusTable, events eventQueue, site string, log *slog.Logger) (*outbox, error) {
@@ -138,21 +143,17 @@ func (o *outbox) event(object corev1.ObjectReference, eventType, reason, message
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	now := metav1.NewTime(o.now())
-	key := eventKey{object.UID, reason, message}
-	e, repeated := o.recent[key]
-	if !repeated {
-		if len(o.recent) >= eventMemory {
-			clear(o.recent)
-		}
-		e = edge.Event{Object: object, Type: eventType, Reason: reason, Message: message, FirstTime: now}
+	e := edge.Event{Object: object, Type: eventType, Reason: reason, Message: message, FirstTime: now}
+	key := keyOf(e)
+	if before, repeated := o.recent[key]; repeated {
+		e = before
+	} else if len(o.recent) >= eventMemory {
+		clear(o.recent)
 	}
 	e.LastTime = now
 	e.Count++
 	o.recent[key] = e
-	i := slices.IndexFunc(o.pending, func(p edge.Event) bool {
-		return p.Object.UID == object.UID && p.Reason == reason && p.Message == message
-	})
-	if i >= 0 {
+	if i := slices.IndexFunc(o.pending, func(p edge.Event) bool { return keyOf(p) == key }); i >= 0 {
 		o.pending[i] = e
 	} else {
 		o.pending = append(o.pending, e)
@@ -170,16 +171,8 @@ func (o *outbox) flush() {
 	if len(o.pending) == 0 {
 		return
 	}
-	first, err := o.events.PushAll(o.pending)
-	if err != nil {
+	if err := o.events.PushAll(o.pending); err != nil {
 		o.log.Error("events lost", "count", len(o.pending), "err", err)
-	}
-	for i, e := range o.pending {
-		key := eventKey{e.Object.UID, e.Reason, e.Message}
-		if r, ok := o.recent[key]; ok && r.ID == 0 && err == nil {
-			r.ID = first + uint64(i)
-			o.recent[key] = r
-		}
 	}
 	o.pending = o.pending[:0]
 	o.queued = true
@@ -263,7 +256,6 @@ func (o *outbox) collect() edge.Report {
 	}
 	for _, q := range queued {
 		q.Event.Seq = q.Seq
-		q.Event.ID = cmp.Or(q.Event.ID, q.Seq)
 		report.Events = append(report.Events, q.Event)
 	}
 	o.queued = len(queued) > 0

@@ -43,9 +43,10 @@ type link struct {
 	done    chan struct{} // closed when nothing of the link runs any more
 
 	// Owned by the loop.
-	held    map[edge.Key]string // what the site holds, at which version; nil: not known
-	tokens  map[edge.Key]token
-	digests map[types.UID]digest
+	held     map[edge.Key]string // what the site holds, at which version; nil: not known
+	complete bool                // the site has been told that it holds all that it should
+	tokens   map[edge.Key]token
+	digests  map[types.UID]digest
 
 	lease atomic.Pointer[coordinationv1.Lease] // of the node, as written last
 
@@ -237,7 +238,7 @@ func (l *link) takeInventory(ctx context.Context) error {
 	for _, h := range inventory {
 		held[h.Key] = h.Version
 	}
-	l.held = held
+	l.held, l.complete = held, false
 	l.noteHolds()
 	return nil
 }
@@ -258,6 +259,7 @@ func (l *link) noteHolds() {
 // apply sends the difference between the plan and what the site holds.
 func (l *link) apply(ctx context.Context, p *plan) error {
 	upserts, removals := p.diff(l.held)
+	wanted := len(removals)
 	removals, err := l.confirm(ctx, removals)
 	if err != nil {
 		return err
@@ -266,11 +268,15 @@ func (l *link) apply(ctx context.Context, p *plan) error {
 	if err != nil {
 		return err
 	}
-	for _, step := range edge.Split(edge.Changes{Upserts: objects, Removals: removals}, edge.MaxBody/4) {
+	// What could not be confirmed shows that the cache is behind: there may be pods
+	// that it does not have yet.
+	changes := edge.Changes{Upserts: objects, Removals: removals, Complete: !l.complete && len(removals) == wanted}
+	for _, step := range edge.Split(changes, edge.MaxBody/4) {
 		if err := l.send(ctx, step); err != nil {
 			return err
 		}
 	}
+	l.complete = l.complete || changes.Complete
 	if len(upserts)+len(removals) > 0 {
 		l.noteHolds()
 	}

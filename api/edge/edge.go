@@ -68,13 +68,11 @@ type NodeStatus struct {
 	RuntimeHandlers []corev1.NodeRuntimeHandler `json:"runtimeHandlers,omitempty"`
 }
 
-// An Event is a Kubernetes event about a pod or the node of a site.
+// An Event is a Kubernetes event about a pod or the node of a site. Two reports of
+// the same object, type, reason, message and FirstTime are of one event; the one
+// with the higher Count is the later.
 type Event struct {
 	Seq uint64 `json:"seq"`
-
-	// ID is the Seq of the first report of this event. A later report with the
-	// same ID is the same event again, with a higher Count.
-	ID uint64 `json:"id"`
 
 	Object    corev1.ObjectReference `json:"object"` // kind Pod or Node
 	Type      string                 `json:"type"`   // corev1.EventTypeNormal or EventTypeWarning

@@ -18,6 +18,8 @@
 //	pods                        <pod UID> -> what the pod engine must remember
 //	outbox                      <pod UID> -> the status that is not acknowledged yet
 //	events                      queue of edge.Event
+//	state                       "incomplete": something was lost and not sent again yet
+//	images                      what the image parts remember
 //	twins                       <namespace>/<device> -> twin document
 //	mqtt/sessions, mqtt/retained, mqtt/inflight
 //

@@ -141,10 +141,13 @@ func TestExec(t *testing.T) {
 	})
 	t.Run("a terminal, with its size", func(t *testing.T) {
 		// script gives kubectl a terminal of its own.
-		line := strings.Join(shared.Command(t.Context(), "-n", ns, "exec", "-it", "sleeper", "--", "sh", "-c", "'test -t 0 && until stty size; do :; done 2>/dev/null'").Args, " ")
-		cmd := exec.CommandContext(t.Context(), "script", "-qec", "stty rows 33 cols 77; "+line, "/dev/null")
+		size := `'until stty size | grep -q "33 77"; do sleep 0.1; done; echo it is right'`
+		line := strings.Join(shared.Command(t.Context(), "-n", ns, "exec", "-it", "sleeper", "--", "sh", "-c", size).Args, " ")
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		cmd := exec.CommandContext(ctx, "script", "-qec", "stty rows 33 cols 77; "+line, "/dev/null")
 		out, err := cmd.CombinedOutput()
-		if err != nil || !strings.Contains(string(out), "33 77") {
+		if err != nil || !strings.Contains(string(out), "it is right") {
 			t.Errorf("%v: %q", err, out)
 		}
 	})
