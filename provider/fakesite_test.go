@@ -56,6 +56,18 @@ func (f *fakeSite) Inventory(context.Context) ([]edge.Held, error) {
 	return held, nil
 }
 
+// completed counts how often the site was told that it holds all that it should.
+func (f *fakeSite) completed() (n int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, c := range f.applied {
+		if c.Complete {
+			n++
+		}
+	}
+	return n
+}
+
 func (f *fakeSite) Apply(_ context.Context, c edge.Changes) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

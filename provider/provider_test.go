@@ -159,6 +159,9 @@ func TestTrap09ColdCacheRemovesNothing(t *testing.T) {
 	if _, ok := f.has(secret); !ok {
 		t.Error("and its Secret")
 	}
+	if n := f.completed(); n != 0 {
+		t.Errorf("the site was told %d times that it has everything, though the cache is behind", n)
+	}
 	exists.Store(false)
 	p.mark("a")
 	eventually(t, "what is really gone is removed", func() bool {
@@ -166,6 +169,8 @@ func TestTrap09ColdCacheRemovesNothing(t *testing.T) {
 		_, ok2 := f.has(secret)
 		return !ok && !ok2
 	})
+	p.mark("a")
+	eventually(t, "the site is told once that it has everything", func() bool { return f.completed() == 1 })
 }
 
 func TestTrap10StatusIsAcknowledgedOnlyWhenItIsWritten(t *testing.T) {
