@@ -3,7 +3,7 @@ GO        ?= go
 VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo v0.1.0-dev)
 LDFLAGS    = -s -w -X github.com/skerry-io/skerry/internal/version.version=$(VERSION)
 BUILD      = CGO_ENABLED=0 $(GO) build -trimpath -tags grpcnotrace -ldflags "$(LDFLAGS)"
-DEBIAN     = containerd runc containernetworking-plugins busybox-static iproute2 iptables systemd
+DEBIAN     = containerd runc containernetworking-plugins busybox-static iproute2 iptables
 SUDO       = $(if $(filter 0,$(shell id -u)),,sudo)
 
 help: ## list the targets
@@ -41,7 +41,8 @@ check: ## format, vet, architecture
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
 	@$(GO) vet -tags e2e ./... && $(GO) test ./test/arch
 
-test: prepare build check cross ## everything: unit, race, end to end on real components
+test: DEBIAN += gcc libc6-dev systemd bsdutils
+test: prepare build check images ## everything: unit, race, end to end on real components
 	@$(GO) test -race ./...
 	@$(SUDO) env "PATH=$$PATH" $(GO) test -tags e2e -count=1 -p 1 -timeout 60m ./...
 
