@@ -128,6 +128,10 @@ func (s *situation) conditions(status *corev1.PodStatus) []corev1.PodCondition {
 	all := []corev1.PodCondition{start, s.initialized(status), podReady, ready,
 		{Type: corev1.PodScheduled, Status: corev1.ConditionTrue}}
 	all = append(all, s.resizeConditions()...)
+	if s.ended != nil && s.ended.Disruption {
+		all = append(all, corev1.PodCondition{Type: corev1.DisruptionTarget, Status: corev1.ConditionTrue,
+			Reason: corev1.PodReasonTerminationByKubelet, Message: s.ended.Message})
+	}
 	for i := range all {
 		all[i].ObservedGeneration = s.spec.Pod.Generation
 		all[i].LastTransitionTime = second(s.now)

@@ -169,6 +169,8 @@ func (m *Manager) Run(ctx context.Context) error {
 	lost := make(chan bool, 1)
 	m.wg.Go(func() { m.watch(ctx, relist, lost) })
 	m.relist(ctx, relist, lost)
+	m.mu.Lock() // no worker is started from here on
+	m.mu.Unlock()
 	m.wg.Wait()
 	return nil
 }
@@ -350,6 +352,17 @@ func (m *Manager) Remove(uid types.UID) {
 // it refers to, or the verdict of a probe.
 func (m *Manager) Changed(uid types.UID) {
 	m.wake(uid, func(w *worker) { w.kicked = true })
+}
+
+// Evict makes a pod fail for a reason that lies in the machine, as "Evicted", and
+// ends it within its grace period. A pod that has ended stays as it is.
+func (m *Manager) Evict(uid types.UID, reason, message string) {
+	m.wake(uid, func(w *worker) {
+		if w.evicted == nil {
+			w.evicted = &Ending{Reason: reason, Message: message, Disruption: true}
+			w.interrupt()
+		}
+	})
 }
 
 func (m *Manager) wake(uid types.UID, change func(*worker)) {

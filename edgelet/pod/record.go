@@ -1,7 +1,9 @@
 package pod
 
 import (
+	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -47,6 +49,8 @@ type Record struct {
 type Ending struct {
 	Reason  string `json:"reason"`
 	Message string `json:"message"`
+
+	Disruption bool `json:"disruption,omitempty"` // the machine's doing, not the pod's
 }
 
 // A ContainerRecord is what is kept of one container.
@@ -212,8 +216,8 @@ func (w *worker) saveSoon() {
 	})
 }
 
-// save writes the record if it has changed, and then sends the status if that
-// has. When it returns nil, what was changed before the call is durable.
+// save writes the record if it has changed, and sends the status if that has.
+// When it returns nil, what was changed before the call is durable.
 func (w *worker) save() error {
 	w.write <- struct{}{}
 	defer func() { <-w.write }()
@@ -224,26 +228,41 @@ func (w *worker) save() error {
 	if !dirty {
 		return nil
 	}
-	err := w.m.Records.Put(string(w.uid), record)
-	if err != nil {
-		err = fmt.Errorf("save record: %w", err)
-	} else if record.Status != nil && record.Seq > w.sent {
-		err = w.m.Sink.PodStatus(edge.PodStatus{
-			UID: w.uid, Namespace: record.Namespace, Name: record.Name,
-			Seq: record.Seq, Status: *record.Status, Gone: record.Gone,
-		})
-		if err != nil {
-			err = fmt.Errorf("report status: %w", err)
-		} else {
-			w.sent = record.Seq
+	put := func() error {
+		if err := w.m.Records.Put(string(w.uid), record); err != nil {
+			return fmt.Errorf("save record: %w", err)
 		}
+		return nil
 	}
+	// What could not be found out again must be in the store before it is told;
+	// all else is told first, because somebody waits for it.
+	steps := []func() error{func() error { return w.send(record) }, put}
+	if record.Ended != nil || record.Gone {
+		slices.Reverse(steps)
+	}
+	err := errors.Join(steps[0](), steps[1]())
 	if err != nil {
 		w.mu.Lock()
 		w.dirty = true
 		w.mu.Unlock()
 	}
 	return err
+}
+
+// send reports the status of record unless that has been done.
+func (w *worker) send(record Record) error {
+	if record.Status == nil || record.Seq <= w.sent {
+		return nil
+	}
+	err := w.m.Sink.PodStatus(edge.PodStatus{
+		UID: w.uid, Namespace: record.Namespace, Name: record.Name,
+		Seq: record.Seq, Status: *record.Status, Gone: record.Gone,
+	})
+	if err != nil {
+		return fmt.Errorf("report status: %w", err)
+	}
+	w.sent = record.Seq
+	return nil
 }
 
 // saveGone says that nothing is left of the pod, once.

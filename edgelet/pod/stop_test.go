@@ -110,3 +110,29 @@ func TestSidecarsEndInReverseOrder(t *testing.T) {
 		w.end()
 	})
 }
+
+func TestEviction(t *testing.T) {
+	try(t, func(t *testing.T, w *world) {
+		pod := newPod()
+		w.engine(pod)
+		w.sleep(time.Second)
+		w.m.Evict("u1", "Evicted", "The node was low on resource: memory.")
+		w.sleep(time.Second)
+		check := func() {
+			s := w.status("u1")
+			if s.Phase != corev1.PodFailed || s.Reason != "Evicted" || s.ContainerStatuses[0].State.Terminated == nil ||
+				condition(s, corev1.DisruptionTarget).Reason != "TerminationByKubelet" {
+				t.Errorf("status = %+v, want Failed, Evicted", s)
+			}
+		}
+		check()
+		w.end()
+		w.engine(pod)
+		w.sleep(time.Minute)
+		check()
+		if n := w.rt.called("StartContainer"); n != 1 {
+			t.Errorf("started %d times", n)
+		}
+		w.end()
+	})
+}

@@ -45,6 +45,7 @@ type worker struct {
 	stale   bool                    // the runtime must be listed
 	kicked  bool                    // something that the pod depends on has changed
 	cancel  context.CancelCauseFunc // of the pass under way
+	evicted *Ending                 // the machine wants to be rid of the pod
 	failing bool                    // the last pass failed
 	digest  string                  // of what was last observed
 	record  Record                  // as it is to be saved; never written through
@@ -150,7 +151,12 @@ func (w *worker) turn(ctx context.Context) (over bool) {
 	stale, kicked := w.stale, w.kicked
 	w.stale, w.kicked = false, false
 	w.current, w.gone, w.force, w.cancel = w.pod, w.removed, w.forced, cancel
+	evicted := w.evicted
 	w.mu.Unlock()
+	if r := &w.record; evicted != nil && r.Ended == nil && (r.Status == nil || !ended(r.Status.Phase)) {
+		w.event("", corev1.EventTypeWarning, evicted.Reason, evicted.Message)
+		w.end(*evicted)
+	}
 
 	w.next = time.Time{}
 	err := w.pass(pass, stale || w.failures > 0, kicked)
@@ -296,7 +302,7 @@ func (w *worker) spec(now time.Time) Spec {
 	spec := Spec{Pod: pod}
 	if d := pod.Spec.ActiveDeadlineSeconds; d != nil && r.Ended == nil && r.Status != nil && !ended(r.Status.Phase) &&
 		r.Status.StartTime != nil && !now.Before(r.Status.StartTime.Add(time.Duration(*d)*time.Second)) {
-		w.end("DeadlineExceeded", "Pod was active on the node longer than the specified deadline")
+		w.end(Ending{Reason: "DeadlineExceeded", Message: "Pod was active on the node longer than the specified deadline"})
 		w.event("", corev1.EventTypeNormal, "DeadlineExceeded", "Pod was active on the node longer than the specified deadline")
 		w.report(now)
 	}
@@ -337,8 +343,8 @@ func stopGrace(pod *corev1.Pod) time.Duration {
 }
 
 // end makes the pod fail as a whole.
-func (w *worker) end(reason, message string) {
-	w.change(func(r *Record) { r.Ended = &Ending{reason, message} })
+func (w *worker) end(e Ending) {
+	w.change(func(r *Record) { r.Ended = &e })
 }
 
 // report hears the probes, computes the pod's status, and sends it if it has
@@ -468,7 +474,7 @@ func (w *worker) admitOnce() {
 	}
 	if reason != "" {
 		w.event("", corev1.EventTypeWarning, reason, message)
-		w.end(reason, "Pod was rejected: "+message)
+		w.end(Ending{Reason: reason, Message: "Pod was rejected: " + message})
 		return
 	}
 	w.change(func(*Record) {}) // having a record is having been admitted

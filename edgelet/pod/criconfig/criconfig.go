@@ -8,6 +8,7 @@ package criconfig
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/fnv"
 	"path/filepath"
@@ -127,6 +128,10 @@ type SandboxOptions struct {
 
 // Sandbox configures the sandbox of pod.
 func Sandbox(pod *corev1.Pod, o SandboxOptions) (*cri.PodSandboxConfig, error) {
+	if pod.Spec.HostUsers != nil && !*pod.Spec.HostUsers {
+		// To run it without what it relies on would be worse than not to.
+		return nil, errors.New("hostUsers: false is not supported at this site")
+	}
 	linux, err := sandboxLinux(pod, o.CgroupParent)
 	if err != nil {
 		return nil, err
