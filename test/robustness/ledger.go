@@ -19,7 +19,7 @@ import (
 
 // A PodEvent is one change of a pod as a watcher of the API saw it.
 type PodEvent struct {
-	At   time.Time // when the watcher got it, or for a deletion that it missed, when it began to look
+	At   time.Time // when the watcher learned of it
 	Gone bool      // the pod has left the API
 
 	UID, Name string
