@@ -80,7 +80,7 @@ func (w *world) until(what string, limit time.Duration, ok func() bool) time.Dur
 	began := time.Now()
 	for !ok() {
 		if time.Since(began) > limit {
-			w.t.Fatalf("%s: not after %v; status %+v, events %q", what, limit, w.status("u1"), w.site.events)
+			w.t.Fatalf("%s: not after %v; status %+v, events %q", what, limit, w.status(types.UID(what)), w.site.events)
 		}
 		time.Sleep(time.Millisecond)
 	}
@@ -167,7 +167,7 @@ func TestContainerdPodsFail(t *testing.T) {
 		"oom": {func(p *corev1.Pod) {
 			never(p)
 			shell("tail /dev/zero")(p)
-			p.Spec.Containers[0].Resources.Limits = corev1.ResourceList{"memory": resource.MustParse("8Mi")}
+			p.Spec.Containers[0].Resources.Limits = corev1.ResourceList{"memory": resource.MustParse("32Mi")}
 		}, func(s corev1.PodStatus) bool {
 			end := s.ContainerStatuses[0].State.Terminated
 			return s.Phase == corev1.PodFailed && end.Reason == "OOMKilled"

@@ -304,7 +304,7 @@ func (m *Manager) orphan(uid types.UID, s *seen) {
 // newWorker registers a worker. The caller holds m.mu.
 func (m *Manager) newWorker(uid types.UID) *worker {
 	w := &worker{m: m, uid: uid, wake: make(chan struct{}, 1), write: make(chan struct{}, 1), stale: true}
-	w.obs.Memory = map[string]Memory{}
+	w.obs.Memory, w.doubts = map[string]Memory{}, map[string]time.Time{}
 	m.workers[uid] = w
 	return w
 }

@@ -233,8 +233,31 @@ func (w *worker) container(ctx context.Context, id, sandboxID string) (Container
 			c.Finished = c.Created
 		}
 		w.readMessage(&c, s)
+		if c.ExitCode == exitLost && c.Reason == reasonError && !w.killing[id] && time.Since(c.Finished) < doubtFor {
+			w.doubts[id] = time.Now().Add(doubtFor)
+		}
 	}
 	return c, nil
+}
+
+// doubtFor is how long a runtime may take to find out that a container which was
+// killed has been killed for want of memory.
+const doubtFor = 500 * time.Millisecond
+
+// reconsider looks again at containers whose reason for ending may have become
+// known since.
+func (w *worker) reconsider(ctx context.Context) error {
+	for id, at := range w.doubts {
+		if time.Now().Before(at) {
+			w.due(at)
+			continue
+		}
+		delete(w.doubts, id)
+		if err := w.look(ctx, id); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // unixNano is the time that CRI means by n; zero means that it has not come.

@@ -136,3 +136,28 @@ func TestEviction(t *testing.T) {
 		w.end()
 	})
 }
+
+// A runtime may say that a container was killed before it says why.
+func TestOutOfMemoryIsFoundOutLate(t *testing.T) {
+	for _, policy := range []corev1.RestartPolicy{corev1.RestartPolicyAlways, corev1.RestartPolicyNever} {
+		try(t, func(t *testing.T, w *world) {
+			w.engine(newPod(func(p *corev1.Pod) { p.Spec.RestartPolicy = policy }))
+			w.sleep(time.Minute)
+			w.rt.kill("web", 137)
+			w.sleep(100 * time.Millisecond)
+			w.rt.mu.Lock()
+			w.rt.containers["c-3"].Reason = "OOMKilled"
+			w.rt.mu.Unlock()
+			w.sleep(time.Second)
+			c := w.status("u1").ContainerStatuses[0]
+			end := c.State.Terminated
+			if policy == corev1.RestartPolicyAlways {
+				end = c.LastTerminationState.Terminated
+			}
+			if end == nil || end.Reason != "OOMKilled" {
+				t.Errorf("container = %+v, want OOMKilled", c)
+			}
+			w.end()
+		})
+	}
+}

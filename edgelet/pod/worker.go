@@ -63,7 +63,8 @@ type worker struct {
 	next     time.Time // when to plan again
 	refresh  time.Time // when the volumes are to be refreshed
 	killing  map[string]bool
-	stopped  map[string]bool // containers whose preStop hook has run
+	doubts   map[string]time.Time // containers to be looked at again, and when
+	stopped  map[string]bool      // containers whose preStop hook has run
 	mountErr string
 	resize   Resize
 	finished bool // nothing is left of the pod
@@ -213,6 +214,9 @@ func (w *worker) pass(ctx context.Context, stale, kicked bool) error {
 	if err := w.ascertain(ctx); err != nil {
 		return err
 	}
+	if err := w.reconsider(ctx); err != nil {
+		return err
+	}
 	w.admitOnce()
 	w.allocate()
 	if !time.Now().Before(w.refresh) {
@@ -238,6 +242,9 @@ func (w *worker) pass(ctx context.Context, stale, kicked bool) error {
 				w.report(time.Now())
 			}
 			w.timers(spec)
+			for _, at := range w.doubts {
+				w.due(at)
+			}
 			if w.finished {
 				w.saveGone()
 			}
