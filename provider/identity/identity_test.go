@@ -2,6 +2,7 @@ package identity_test
 
 import (
 	"context"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"log/slog"
@@ -75,13 +76,12 @@ func newFixture(t *testing.T, client kubernetes.Interface, manual bool) bootstra
 
 func expireToken(t *testing.T, client kubernetes.Interface, token string, when time.Time) {
 	t.Helper()
-	secrets := client.CoreV1().Secrets(namespace)
-	secret, err := secrets.Get(t.Context(), "bootstrap-token-"+token[:6], metav1.GetOptions{})
+	patch, err := json.Marshal(corev1.Secret{Data: map[string][]byte{"expiration": []byte(when.UTC().Format(time.RFC3339))}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	secret.Data["expiration"] = []byte(when.UTC().Format(time.RFC3339))
-	if _, err := secrets.Update(t.Context(), secret, metav1.UpdateOptions{}); err != nil {
+	_, err = client.CoreV1().Secrets(namespace).Patch(t.Context(), "bootstrap-token-"+token[:6], types.MergePatchType, patch, metav1.PatchOptions{})
+	if err != nil {
 		t.Fatal(err)
 	}
 }

@@ -102,6 +102,7 @@ func mayNot(t *testing.T) {
 		"delete nodes":                 {"delete", "nodes"},
 		"bind roles":                   {"create", "clusterrolebindings"},
 		"use the proxy of other nodes": {"get", "nodes", "--subresource=proxy"},
+		"delete signing requests":      {"delete", "certificatesigningrequests"},
 		"everything":                   {"*", "*"},
 	} {
 		t.Run(name, func(t *testing.T) {

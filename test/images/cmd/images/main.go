@@ -11,9 +11,12 @@ import (
 	"github.com/skerry-io/skerry/test/images"
 )
 
+// defaultName is the image that the manifests name.
+const defaultName = "ghcr.io/skerry-io/skerry-provider:v0.1.0"
+
 func main() {
 	dist := flag.String("dist", "dist", "folder that holds <arch>/skerry-provider and gets the archive")
-	name := flag.String("name", "ghcr.io/skerry-io/skerry-provider:v0.1.0", "full reference of the image")
+	name := flag.String("name", defaultName, "full reference of the image")
 	flag.Parse()
 	if err := run(*dist, *name); err != nil {
 		fmt.Fprintln(os.Stderr, "images:", err)
