@@ -30,6 +30,7 @@ type fakeSite struct {
 	held    map[edge.Key]edge.Object
 	applied []edge.Changes
 	seq     uint64
+	asks    int   // for its inventory
 	refuse  error // of Apply, if set
 	lose    bool  // the next Apply arrives, but its answer does not
 	session *fakeSession
@@ -48,12 +49,20 @@ func newFakeSite(name string) *fakeSite {
 func (f *fakeSite) Inventory(context.Context) ([]edge.Held, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.asks++
 	var held []edge.Held
 	for key, o := range f.held {
 		held = append(held, edge.Held{Key: key, Version: o.Version})
 	}
 	slices.SortFunc(held, func(a, b edge.Held) int { return cmp.Compare(a.Key.String(), b.Key.String()) })
 	return held, nil
+}
+
+// asked counts how often the site was asked for its inventory.
+func (f *fakeSite) asked() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.asks
 }
 
 // completed counts how often the site was told that it holds all that it should.

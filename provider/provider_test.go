@@ -260,6 +260,44 @@ func TestReportOfAnothersPodIsIgnored(t *testing.T) {
 	}
 }
 
+// A site may say of any pod that it holds it, and of any event that it is about one
+// of its own pods: neither lets it write into others' namespaces.
+func TestEventsOfOthersAreDropped(t *testing.T) {
+	client := fake.NewClientset(boundPod("mine", "a", "u1"), boundPod("web", "b", "u2"))
+	p := fakeProvider(t, client)
+	f := newFakeSite("a")
+	claimed := edge.Key{Kind: edge.KindPod, Namespace: "kube-system", Name: "claimed", UID: "u3"}
+	f.held[claimed] = edge.Object{Key: claimed, Version: "1"}
+	f.refuse = errors.New("no") // so that it goes on holding the pod
+	s := f.connect(t, p)
+	mine := corev1.ObjectReference{Kind: "Pod", Namespace: "default", Name: "mine", UID: "u1"}
+	eventually(t, "the claim has been heard", func() bool { return f.asked() > 1 })
+	var report edge.Report
+	for _, object := range []corev1.ObjectReference{
+		{Kind: "Pod", Namespace: "default", Name: "web", UID: "u2"},
+		{Kind: "Pod", Namespace: "default", Name: "web", UID: "u1"},         // its own pod under another's name
+		{Kind: "Pod", Namespace: "kube-system", Name: "mine", UID: "u1"},    // in another namespace
+		{Kind: "Pod", Namespace: "kube-system", Name: "claimed", UID: "u3"}, // only it knows of it
+		{Kind: "Node", Name: "b"},
+		{Kind: "Secret", Namespace: "default", Name: "web"},
+		mine,
+	} {
+		seq := uint64(len(report.Events) + 1)
+		report.Events = append(report.Events, edge.Event{Seq: seq, Object: object, Reason: "Said", Count: 1})
+	}
+	ack, err := s.cloud().Report(t.Context(), report)
+	if err != nil || ack.Events != 7 {
+		t.Errorf("ack = %+v, %v", ack, err)
+	}
+	events, err := client.CoreV1().Events("").List(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(events.Items) != 1 || events.Items[0].InvolvedObject.Name != "mine" || events.Items[0].Namespace != "default" {
+		t.Errorf("events = %+v, want that of its own pod", events.Items)
+	}
+}
+
 func TestLostAnswerOfApplyIsFoundOutByInventory(t *testing.T) {
 	client := fake.NewClientset()
 	p := fakeProvider(t, client)

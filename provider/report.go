@@ -294,7 +294,8 @@ func (l *link) reportEvents(ctx context.Context, events []edge.Event) (uint64, e
 	return l.eventSeq, nil
 }
 
-// mayTell reports whether an event is about the site's own node or pods.
+// mayTell reports whether an event is about the site's own node or pods. The last
+// events of a pod may come when it has left the API.
 func (l *link) mayTell(e edge.Event) bool {
 	switch e.Object.Kind {
 	case "Node":
@@ -305,7 +306,8 @@ func (l *link) mayTell(e edge.Event) bool {
 		}
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		return l.holds[e.Object.UID]
+		name, ok := l.pods[e.Object.UID]
+		return ok && name.Namespace == e.Object.Namespace && name.Name == e.Object.Name
 	}
 	return false
 }

@@ -60,8 +60,8 @@ type link struct {
 	reported *edge.NodeStatus // the latest, nil before the first
 	node     *corev1.Node     // as written last
 
-	mu    sync.Mutex
-	holds map[types.UID]bool // pods that the site holds, for which events it may send
+	mu   sync.Mutex
+	pods map[types.UID]types.NamespacedName // of the site, which may send events of them
 }
 
 func newLink(p *Provider, s Session, epoch uint64) *link {
@@ -215,6 +215,7 @@ func (l *link) exchange(ctx context.Context, pods []*corev1.Pod) (next time.Dura
 			return 0, err
 		}
 	}
+	l.notePods(pods)
 	plan := l.plan(ctx, pods)
 	if err := l.apply(ctx, plan); err != nil {
 		l.held = nil // nobody knows how far it came
@@ -239,21 +240,24 @@ func (l *link) takeInventory(ctx context.Context) error {
 		held[h.Key] = h.Version
 	}
 	l.held, l.complete = held, false
-	l.noteHolds()
 	return nil
 }
 
-// noteHolds publishes which pods the site holds.
-func (l *link) noteHolds() {
-	holds := map[types.UID]bool{}
-	for key := range l.held {
-		if key.Kind == edge.KindPod {
-			holds[key.UID] = true
+// notePods remembers which pods are the site's, those that have left the API as
+// long as it holds them. What it alone says that it holds counts for nothing.
+func (l *link) notePods(pods []*corev1.Pod) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	noted := make(map[types.UID]types.NamespacedName, len(pods))
+	for uid, name := range l.pods {
+		if _, held := l.held[edge.Key{Kind: edge.KindPod, Namespace: name.Namespace, Name: name.Name, UID: uid}]; held {
+			noted[uid] = name
 		}
 	}
-	l.mu.Lock()
-	l.holds = holds
-	l.mu.Unlock()
+	for _, pod := range pods {
+		noted[pod.UID] = types.NamespacedName{Namespace: pod.Namespace, Name: pod.Name}
+	}
+	l.pods = noted
 }
 
 // apply sends the difference between the plan and what the site holds.
@@ -277,9 +281,6 @@ func (l *link) apply(ctx context.Context, p *plan) error {
 		}
 	}
 	l.complete = l.complete || changes.Complete
-	if len(upserts)+len(removals) > 0 {
-		l.noteHolds()
-	}
 	return nil
 }
 
