@@ -34,6 +34,13 @@ func (l *link) down(err error) {
 	l.session, l.since, l.lastError = nil, time.Now(), err
 }
 
+// failed notes why there is no session yet.
+func (l *link) failed(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lastError = err
+}
+
 // keepLink keeps a session to the provider, and the certificate for it.
 func (e *Edgelet) keepLink(ctx context.Context) error {
 	dialer := &tunnel.Dialer{
@@ -50,7 +57,7 @@ func (e *Edgelet) keepLink(ctx context.Context) error {
 		return err
 	}
 	dialer.Failed = func(err error) {
-		e.link.down(err)
+		e.link.failed(err)
 		rotator.Nudge()
 	}
 	var rotation sync.WaitGroup

@@ -114,6 +114,9 @@ func (d *Dialer) Run(ctx context.Context, use func(context.Context, *Session) er
 				reported = why
 				d.log().Warn("no tunnel", "server", d.Server, "reason", why, "error", err)
 			}
+			if d.Failed != nil {
+				d.Failed(err)
+			}
 		default:
 			unreached, reported = 0, ""
 			d.use(ctx, s, use)

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -107,7 +108,7 @@ func (s *Sites) Admit(ctx context.Context, cert *x509.Certificate) (site string,
 	}
 	used, err := record.Admits(cert.SerialNumber)
 	if err != nil {
-		return "", fmt.Errorf("site %s: %w", site, err)
+		return "", refusal(site, err)
 	}
 	if used {
 		select {
@@ -116,6 +117,18 @@ func (s *Sites) Admit(ctx context.Context, cert *x509.Certificate) (site string,
 		}
 	}
 	return site, nil
+}
+
+// refusal names the site in why it is not admitted: the site reads it.
+func refusal(site string, err error) error {
+	if e, ok := errors.AsType[*bootstrap.Error](err); ok {
+		e.Site = site
+		return e
+	}
+	if code, ok := errors.AsType[bootstrap.Code](err); ok {
+		return &bootstrap.Error{Code: code, Site: site}
+	}
+	return fmt.Errorf("site %s: %w", site, err)
 }
 
 // retire ends the predecessor of a certificate that has been used: from then on a

@@ -123,7 +123,7 @@ func (e *Error) sentence() string {
 	case Denied:
 		return `the request of %[2]q to join was denied%[3]s: ask the cluster's operator, then join again with a new token`
 	case Revoked:
-		return `site %[2]q has been cut off by the cluster's operator%[3]s: if that was a mistake, remove the annotation skerry.io/revoked from its Lease (kubectl annotate lease site-%[2]s skerry.io/revoked- in the provider's namespace)`
+		return `site %[2]q has been cut off by the cluster's operator%[3]s: if that was a mistake, let it in again with "skerry-provider site restore %[2]s"`
 	case Stale:
 		return `the certificate of site %[2]q has been replaced by a newer one%[3]s: another machine or a copy of this disk holds it; if this machine is the real one, join again with a token from "skerry-provider token create --site %[2]s --replace"`
 	case UnknownSite:
