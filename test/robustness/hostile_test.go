@@ -180,23 +180,32 @@ func (h *hostile) report(t *testing.T, body string) edge.Ack {
 	return ack
 }
 
-// memory returns the resident memory of a process in bytes.
-func memory(t *testing.T, pid int) int64 {
-	t.Helper()
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+// resident returns the resident memory of a process in bytes.
+func resident(pid int) (int64, error) {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
-		t.Fatal(err)
+		return 0, err
 	}
 	var kb int64
-	for line := range strings.Lines(string(data)) {
+	for line := range strings.Lines(string(status)) {
 		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
 			fmt.Sscan(rest, &kb)
 		}
 	}
 	if kb == 0 {
-		t.Fatalf("process %d: no resident memory", pid)
+		return 0, fmt.Errorf("process %d has ended", pid)
 	}
-	return kb << 10
+	return kb << 10, nil
+}
+
+// memory is resident for a process that must be alive.
+func memory(t *testing.T, pid int) int64 {
+	t.Helper()
+	n, err := resident(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
 }
 
 // sleeper is a pod at a site that waits to be used by exec.
