@@ -8,6 +8,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/skerry-io/skerry/api/edge"
 	"github.com/skerry-io/skerry/internal/version"
 	"github.com/skerry-io/skerry/tunnel"
@@ -60,10 +62,10 @@ func (e *Edgelet) keepLink(ctx context.Context) error {
 		e.link.failed(err)
 		rotator.Nudge()
 	}
-	var rotation sync.WaitGroup
-	defer rotation.Wait()
-	rotation.Go(func() { rotator.Run(ctx) })
-	return dialer.Run(ctx, e.useSession)
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return rotator.Run(ctx) })
+	group.Go(func() error { return dialer.Run(ctx, e.useSession) })
+	return group.Wait()
 }
 
 // fence refuses a provider that has been replaced as the owner of this site.

@@ -3,6 +3,7 @@ package edge
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -98,3 +99,22 @@ var (
 	ErrUnknown = errors.New("the object has not been received yet") // not known whether it exists
 	ErrInvalid = errors.New("invalid request")                      // repeating it cannot help
 )
+
+// A ReferenceError says in a kubelet's words that an object which a pod refers to
+// could not be read.
+type ReferenceError struct {
+	Kind, Name string // as configmap
+	Err        error
+}
+
+func (e *ReferenceError) Error() string {
+	switch {
+	case errors.Is(e.Err, ErrAbsent):
+		return fmt.Sprintf("%s %q not found", e.Kind, e.Name)
+	case errors.Is(e.Err, ErrUnknown):
+		return fmt.Sprintf("%s %q has not been received yet", e.Kind, e.Name)
+	}
+	return fmt.Sprintf("%s %q: %v", e.Kind, e.Name, e.Err)
+}
+
+func (e *ReferenceError) Unwrap() error { return e.Err }

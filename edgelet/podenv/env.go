@@ -229,7 +229,7 @@ func (e *environment) fileKey(ref *corev1.FileKeySelector) (string, error) {
 func (e *environment) configMap(name string) (*corev1.ConfigMap, error) {
 	m, err := e.r.config.Objects.ConfigMap(e.pod.Namespace, name)
 	if err != nil {
-		return nil, &referenceError{"configmap", name, err}
+		return nil, &edge.ReferenceError{Kind: "configmap", Name: name, Err: err}
 	}
 	return m, nil
 }
@@ -237,7 +237,7 @@ func (e *environment) configMap(name string) (*corev1.ConfigMap, error) {
 func (e *environment) secret(name string) (*corev1.Secret, error) {
 	s, err := e.r.config.Objects.Secret(e.pod.Namespace, name)
 	if err != nil {
-		return nil, &referenceError{"secret", name, err}
+		return nil, &edge.ReferenceError{Kind: "secret", Name: name, Err: err}
 	}
 	return s, nil
 }

@@ -18,8 +18,6 @@
 package podenv
 
 import (
-	"errors"
-	"fmt"
 	"io"
 	"log/slog"
 
@@ -105,21 +103,3 @@ func (r *Resolver) domain() string {
 	}
 	return "cluster.local"
 }
-
-// A referenceError says in a kubelet's words that an object could not be read.
-type referenceError struct {
-	kind, name string
-	err        error
-}
-
-func (e *referenceError) Error() string {
-	switch {
-	case errors.Is(e.err, edge.ErrAbsent):
-		return fmt.Sprintf("%s %q not found", e.kind, e.name)
-	case errors.Is(e.err, edge.ErrUnknown):
-		return fmt.Sprintf("%s %q has not been received yet", e.kind, e.name)
-	}
-	return fmt.Sprintf("%s %q: %v", e.kind, e.name, e.err)
-}
-
-func (e *referenceError) Unwrap() error { return e.err }

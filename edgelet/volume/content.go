@@ -176,7 +176,7 @@ func (c *collector) check() error {
 func (c *collector) configMap(name string, items []corev1.KeyToPath, optional *bool) error {
 	o, err := c.m.config.Objects.ConfigMap(c.pod.Namespace, name)
 	if err != nil {
-		return forgive(&referenceError{"configmap", name, err}, optional)
+		return forgive(&edge.ReferenceError{Kind: "configmap", Name: name, Err: err}, optional)
 	}
 	get := func(key string) ([]byte, bool) {
 		if s, ok := o.Data[key]; ok {
@@ -193,7 +193,7 @@ func (c *collector) configMap(name string, items []corev1.KeyToPath, optional *b
 func (c *collector) secret(name string, items []corev1.KeyToPath, optional *bool) error {
 	o, err := c.m.config.Objects.Secret(c.pod.Namespace, name)
 	if err != nil {
-		return forgive(&referenceError{"secret", name, err}, optional)
+		return forgive(&edge.ReferenceError{Kind: "secret", Name: name, Err: err}, optional)
 	}
 	get := func(key string) ([]byte, bool) { b, ok := o.Data[key]; return b, ok }
 	return c.items(get, slices.Collect(maps.Keys(o.Data)), items, optional, "references non-existent secret key")
@@ -274,7 +274,7 @@ func (c *collector) token(s *corev1.ServiceAccountTokenProjection) error {
 	}
 	token, err := c.m.config.Objects.Token(c.pod, s.Audience, expiration)
 	if err != nil {
-		return &referenceError{"token of service account", c.pod.Spec.ServiceAccountName, err}
+		return &edge.ReferenceError{Kind: "token of service account", Name: c.pod.Spec.ServiceAccountName, Err: err}
 	}
 	uid := s.User
 	if uid == nil {
@@ -332,21 +332,3 @@ func forgive(err error, optional *bool) error {
 	}
 	return err
 }
-
-// A referenceError says in a kubelet's words that an object could not be read.
-type referenceError struct {
-	kind, name string
-	err        error
-}
-
-func (e *referenceError) Error() string {
-	switch {
-	case errors.Is(e.err, edge.ErrAbsent):
-		return fmt.Sprintf("%s %q not found", e.kind, e.name)
-	case errors.Is(e.err, edge.ErrUnknown):
-		return fmt.Sprintf("%s %q has not been received yet", e.kind, e.name)
-	}
-	return fmt.Sprintf("%s %q: %v", e.kind, e.name, e.err)
-}
-
-func (e *referenceError) Unwrap() error { return e.err }
