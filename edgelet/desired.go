@@ -115,20 +115,41 @@ func (d *desiredSet) Apply(_ context.Context, changes edge.Changes) error {
 	return nil
 }
 
+// maxKey bounds a key in bytes; only the audience of a token can make one long.
+const maxKey = 8 << 10
+
 // check refuses what no provider sends, before anything is stored.
 func check(changes edge.Changes) error {
 	var errs []error
-	for _, o := range changes.Upserts {
-		if _, err := edge.ParseKey(o.Key.String()); err != nil {
+	refuse := func(err error) {
+		if err != nil {
 			errs = append(errs, fmt.Errorf("%w: %w", edge.ErrInvalid, err))
 		}
-		if o.Kind == edge.KindPod {
-			if err := checkPod(o); err != nil {
-				errs = append(errs, fmt.Errorf("%w: %w", edge.ErrInvalid, err))
-			}
+	}
+	for _, o := range changes.Upserts {
+		if err := checkKey(o.Key); err != nil {
+			refuse(err)
+		} else if o.Kind == edge.KindPod {
+			refuse(checkPod(o))
 		}
 	}
+	for _, key := range changes.Removals {
+		refuse(checkKey(key))
+	}
 	return errors.Join(errs...)
+}
+
+// checkKey refuses keys that cannot be stored, or be told from others once they are.
+func checkKey(key edge.Key) error {
+	text := key.String()
+	if len(text) > maxKey {
+		return fmt.Errorf("object key %.64q… has %d bytes, at most %d are allowed", text, len(text), maxKey)
+	}
+	parsed, err := edge.ParseKey(text)
+	if err == nil && parsed != key {
+		err = fmt.Errorf("object key %q: only its name may contain slashes", text)
+	}
+	return err
 }
 
 func checkPod(o edge.Object) error {

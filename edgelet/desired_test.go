@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
+	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -124,6 +125,33 @@ func TestApplyIsAllOrNothing(t *testing.T) {
 	}
 	if held, _ := d.Inventory(t.Context()); len(held) != 0 || engine.take() != nil {
 		t.Errorf("what could not be stored is held: %v", held)
+	}
+}
+
+func TestApplyRefusesKeysThatCannotBeStored(t *testing.T) {
+	d, s, _ := newSet(t)
+	token := edge.Key{Kind: edge.KindToken, Namespace: "a", Name: edge.TokenName("default", "https://b/c", 3600), UID: "u"}
+	for name, key := range map[string]edge.Key{
+		"no kind":                  {Namespace: "a", Name: "b"},
+		"a slash in the kind":      {Kind: "Secret/x", Namespace: "a", Name: "b"},
+		"a slash in the namespace": {Kind: edge.KindSecret, Namespace: "../a", Name: "b"},
+		"a slash in the UID":       {Kind: edge.KindPod, Namespace: "a", Name: "b", UID: "../u"},
+		"a name without end":       {Kind: edge.KindSecret, Namespace: "a", Name: strings.Repeat("x", 1<<20)},
+	} {
+		for _, changes := range []edge.Changes{{Upserts: []edge.Object{{Key: key, Version: "1"}, object(t, token, "1", edge.Token{})}}, {Removals: []edge.Key{key}}} {
+			err := d.Apply(t.Context(), changes)
+			if !errors.Is(err, edge.ErrInvalid) {
+				t.Errorf("%s: Apply = %v, want ErrInvalid", name, err)
+			} else if len(err.Error()) > 1000 {
+				t.Errorf("%s: the error has %d bytes", name, len(err.Error()))
+			}
+		}
+	}
+	if len(s.objects) != 0 {
+		t.Errorf("%d objects were stored", len(s.objects))
+	}
+	if err := d.Apply(t.Context(), edge.Changes{Upserts: []edge.Object{object(t, token, "1", edge.Token{})}}); err != nil {
+		t.Errorf("Apply of a token for an audience with slashes = %v", err)
 	}
 }
 
