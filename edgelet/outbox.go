@@ -102,15 +102,21 @@ func (o *outbox) signal() {
 	}
 }
 
-// PodStatus implements the pod engine's Sink.
+// PodStatus implements the pod engine's Sink. An engine that was killed after it had
+// told a status and before it had recorded that may tell the one before again: it
+// is passed over.
 func (o *outbox) PodStatus(status edge.PodStatus) error {
+	o.mu.Lock()
+	old := o.pods[status.UID].Seq
+	o.mu.Unlock()
+	if status.Seq < old {
+		return nil
+	}
 	if err := o.statuses.Put(string(status.UID), status); err != nil {
 		return fmt.Errorf("status of %s/%s: %w", status.Namespace, status.Name, err)
 	}
 	o.mu.Lock()
-	if o.pods[status.UID].Seq <= status.Seq {
-		o.pods[status.UID] = status
-	}
+	o.pods[status.UID] = status
 	o.mu.Unlock()
 	o.signal()
 	return nil

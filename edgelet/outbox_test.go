@@ -151,6 +151,22 @@ func TestUnconfirmedStatusIsRepeatedAndTheLatestWins(t *testing.T) {
 	})
 }
 
+func TestOlderStatusIsPassedOver(t *testing.T) {
+	stored := memoryStatuses{}
+	o, err := newOutbox(stored, &memoryEvents{}, "site", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, seq := range []uint64{7, 5} {
+		if err := o.PodStatus(status("u", seq)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if stored["u"].Seq != 7 || o.pods["u"].Seq != 7 {
+		t.Errorf("stored %d, to be reported %d; want 7", stored["u"].Seq, o.pods["u"].Seq)
+	}
+}
+
 func TestPartlyConfirmedReport(t *testing.T) {
 	inOutbox(t, func(t *testing.T, o *outbox, c *cloud) {
 		c.answer = func(r edge.Report) (edge.Ack, error) {
