@@ -245,7 +245,9 @@ func (w *worker) start(ctx context.Context, pod *corev1.Pod, c *corev1.Container
 		m.Applied = c.Resources.DeepCopy()
 	}
 	w.obs.Memory[c.Name] = m
-	w.remember()
+	if records, learned := w.remember(); learned {
+		w.change(func(r *Record) { r.Containers = records })
+	}
 	if atMostOnce(pod, c) || isEphemeral(pod, c) {
 		// From here on it may have run, whatever becomes of us.
 		if err := w.save(); err != nil {

@@ -237,7 +237,7 @@ func (w *worker) save() error {
 	// What could not be found out again must be in the store before it is told;
 	// all else is told first, because somebody waits for it.
 	steps := []func() error{func() error { return w.send(record) }, put}
-	if record.Ended != nil || record.Gone {
+	if record.Ended != nil || record.Gone || record.Status != nil && ended(record.Status.Phase) {
 		slices.Reverse(steps)
 	}
 	err := errors.Join(steps[0](), steps[1]())

@@ -209,9 +209,11 @@ func (s *situation) container(c *corev1.Container, old corev1.ContainerStatus) c
 	switch {
 	case len(runs) > 0:
 		s.fromRuns(&status, c, runs, old)
-	case old.State.Terminated != nil:
+	case old.State.Terminated != nil && (!memory.Begun || sameEnd(old.State.Terminated, memory.Exited)):
 		status = *old.DeepCopy()
 		status.Ready, status.Started = false, nil
+	case memory.Exited != nil:
+		s.fromMemory(&status, memory, old)
 	case old.State.Running != nil || memory.Begun:
 		lost := corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{
 			Reason: reasonUnknown, Message: lostRunning, ExitCode: exitLost,
@@ -250,6 +252,35 @@ func (s *situation) fromRuns(status *corev1.ContainerStatus, c *corev1.Container
 	case old.State.Terminated != nil && old.ContainerID != status.ContainerID:
 		status.LastTerminationState = old.State
 	}
+}
+
+// fromMemory sets what is remembered of the last run of a container, of which
+// the runtime knows nothing any more and the last status did not tell yet. It
+// must say what [Plan] goes by, or nothing would be done and no end be seen.
+func (s *situation) fromMemory(status *corev1.ContainerStatus, m Memory, old corev1.ContainerStatus) {
+	end := &corev1.ContainerStateTerminated{ExitCode: *m.Exited, Reason: reasonCompleted}
+	if *m.Exited != 0 {
+		end.Reason = reasonError
+	}
+	switch {
+	case old.State.Running != nil:
+		end.StartedAt, end.ContainerID = old.State.Running.StartedAt, old.ContainerID
+		status.ContainerID, status.ImageID = old.ContainerID, old.ImageID
+	case old.State.Terminated != nil:
+		status.LastTerminationState = old.State
+	}
+	status.State = corev1.ContainerState{Terminated: end}
+	status.RestartCount = max(old.RestartCount, int32(m.Next)-1)
+}
+
+// sameEnd reports whether end tells what is remembered of the last run; a nil
+// code is an end that nobody saw.
+func sameEnd(end *corev1.ContainerStateTerminated, code *int32) bool {
+	told := knownCode(end)
+	if told == nil || code == nil {
+		return told == nil && code == nil
+	}
+	return *told == *code || *told == 0 && end.Reason == reasonOOMKilled
 }
 
 // state is the state of one run.

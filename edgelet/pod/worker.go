@@ -357,7 +357,7 @@ func (w *worker) end(e Ending) {
 // report hears the probes, computes the pod's status, and sends it if it has
 // changed.
 func (w *worker) report(now time.Time) {
-	w.remember()
+	records, learned := w.remember()
 	w.probe()
 	spec := Spec{Pod: w.current}
 	w.resized()
@@ -371,13 +371,19 @@ func (w *worker) report(now time.Time) {
 		spec: spec, obs: w.obs, old: r.Status, ended: r.Ended,
 		resize: w.resize, hostIPs: w.m.HostIPs(), runtime: w.m.RuntimeName(), now: now,
 	})
-	if r.Status != nil && equality.Semantic.DeepEqual(*r.Status, status) {
+	told := r.Status != nil && equality.Semantic.DeepEqual(*r.Status, status)
+	if told && !learned {
 		return
 	}
-	w.sayBackedOff(r.Status, &status)
-	w.change(func(r *Record) {
-		r.Seq = nextSeq(r.Seq, now)
-		r.Status = &status
+	if !told {
+		w.sayBackedOff(r.Status, &status)
+	}
+	w.change(func(r *Record) { // both or none: one explains the other after a crash
+		r.Containers = records
+		if !told {
+			r.Seq = nextSeq(r.Seq, now)
+			r.Status = &status
+		}
 	})
 }
 
@@ -406,8 +412,9 @@ func nextSeq(last uint64, now time.Time) uint64 {
 	return max(last+1, uint64(max(now.UnixMilli(), 0)))
 }
 
-// remember keeps what the runtime may forget, and saves it if it is new.
-func (w *worker) remember() {
+// remember keeps what the runtime may forget. It returns it as it is to be
+// recorded, and whether it differs from what is.
+func (w *worker) remember() (records map[string]ContainerRecord, learned bool) {
 	for i := len(w.obs.Containers) - 1; i >= 0; i-- { // the latest of a name last
 		c := &w.obs.Containers[i]
 		m := w.obs.Memory[c.Name]
@@ -423,13 +430,11 @@ func (w *worker) remember() {
 		}
 		w.obs.Memory[c.Name] = m
 	}
-	records := map[string]ContainerRecord{}
+	records = map[string]ContainerRecord{}
 	for name, m := range w.obs.Memory {
 		records[name] = recordOf(m)
 	}
-	if !equality.Semantic.DeepEqual(records, w.record.Containers) {
-		w.change(func(r *Record) { r.Containers = records })
-	}
+	return records, !equality.Semantic.DeepEqual(records, w.record.Containers)
 }
 
 // probe tells the probes what runs and hears what they say of it.
