@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// edgeletMemory is what an edgelet may use under any attack of these tests, in bytes.
+// edgeletMemory is what an edgelet may use while a log is read, in bytes.
 const edgeletMemory = 64 << 20
 
 // TestLogLineWithoutEnd lets a container write 1 GB without a newline and reads its

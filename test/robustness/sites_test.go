@@ -154,8 +154,8 @@ func apiState(t *testing.T, ns string) map[string]string {
 	return state
 }
 
-// victim is the pod of the first honest site.
-func victim(t *testing.T, ns string) *corev1.Pod {
+// podOfFirst is the pod of the first honest site.
+func podOfFirst(t *testing.T, ns string) *corev1.Pod {
 	t.Helper()
 	pod, err := admin.CoreV1().Pods(ns).Get(t.Context(), "pod-of-"+siteName(0), metav1.GetOptions{})
 	if err != nil {
@@ -165,7 +165,7 @@ func victim(t *testing.T, ns string) *corev1.Pod {
 }
 
 func reportOthers(t *testing.T, h *hostile, ns string) {
-	v := victim(t, ns)
+	v := podOfFirst(t, ns)
 	own, err := admin.CoreV1().Pods(ns).Get(t.Context(), "pod-of-"+hostileName, metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -232,7 +232,7 @@ func reportOthers(t *testing.T, h *hostile, ns string) {
 // claimOthers pretends to hold others' objects, and to be unable to let go of them:
 // what a site says it holds gives no right to it.
 func claimOthers(t *testing.T, h *hostile, ns string) {
-	v := victim(t, ns)
+	v := podOfFirst(t, ns)
 	forged := types.UID("forged-uid")
 	claims := []edge.Held{
 		{Key: edge.Key{Kind: edge.KindSecret, Namespace: ns, Name: "secret-of-" + siteName(0)}, Version: "1"},
