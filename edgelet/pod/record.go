@@ -152,7 +152,7 @@ func exitCode(last *Container, memory Memory) *int32 {
 	case last.ExitCode == 0 && last.Reason == reasonOOMKilled:
 		return new(int32(137))
 	}
-	return &last.ExitCode
+	return new(last.ExitCode) // a copy: it is remembered when last has been overwritten
 }
 
 // backoffKey changes when the back-off of a container must start afresh.

@@ -163,3 +163,20 @@ func TestFinalPhaseIsRecordedBeforeItIsTold(t *testing.T) {
 		w.end()
 	})
 }
+
+func TestExitCodeIsRememberedWhenItsContainerIsRemoved(t *testing.T) {
+	try(t, func(t *testing.T, w *world) {
+		w.rt.behaves = func(string, uint32) behaviour { return behaviour{after: time.Second, code: 3} }
+		pod := newPod(func(p *corev1.Pod) { p.Spec.RestartPolicy = corev1.RestartPolicyNever })
+		w.engine(pod)
+		w.sleep(time.Minute)
+		w.m.Set(deleted(pod, 1))
+		w.sleep(time.Minute)
+		exited := w.site.records["u1"].Containers["web"].Exited
+		end := w.status("u1").ContainerStatuses[0].State.Terminated
+		if exited == nil || *exited != 3 || end == nil || end.ExitCode != 3 || end.Reason != "Error" || end.FinishedAt.IsZero() {
+			t.Errorf("remembered %v, state %+v, want exit code 3 in both", exited, end)
+		}
+		w.end()
+	})
+}
