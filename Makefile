@@ -38,7 +38,7 @@ cluster: prepare ## leave a real control plane running and print its kubeconfig
 	@$(SUDO) env "PATH=$$PATH" $(GO) run ./test/cluster/cmd/cluster
 
 check: ## format, vet, architecture
-	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
+	@test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }
 	@$(GO) vet -tags e2e ./... && $(GO) test ./test/arch
 
 test: DEBIAN += gcc libc6-dev systemd bsdutils
