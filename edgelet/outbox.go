@@ -1,13 +1,13 @@
 package edgelet
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -20,7 +20,7 @@ import (
 
 // Limits of one report, and pace of reporting.
 const (
-	reportPods    = 64
+	reportPods    = 512 // more than a node has, so that none waits behind others that can't be written; still far below edge.MaxBody
 	reportEvents  = 128
 	reportTimeout = 30 * time.Second // one call; the provider answers sooner with what it has
 	reportRetry   = time.Second      // after an error, or for what was not acknowledged
@@ -57,6 +57,7 @@ type outbox struct {
 	site     string
 	now      func() time.Time
 	wake     chan struct{} // holds a token when there may be something to report
+	queued   atomic.Bool   // the queue may hold events
 
 	mu       sync.Mutex // guards the following
 	pods     map[types.UID]edge.PodStatus
@@ -65,7 +66,6 @@ type outbox struct {
 	nodeSeq  uint64 // confirmed
 	pending  []edge.Event
 	recent   map[eventKey]edge.Event
-	queued   bool // the queue may hold events
 	flushing *time.Timer
 }
 
@@ -83,7 +83,7 @@ func newOutbox(statuses statusTable, events eventQueue, site string, log *slog.L
 	o := &outbox{
 		statuses: statuses, events: events, site: site, log: log, now: time.Now,
 		wake: make(chan struct{}, 1), pods: map[types.UID]edge.PodStatus{},
-		acked: map[types.UID]uint64{}, recent: map[eventKey]edge.Event{}, queued: true,
+		acked: map[types.UID]uint64{}, recent: map[eventKey]edge.Event{},
 	}
 	stored, err := statuses.All()
 	if err != nil {
@@ -169,19 +169,20 @@ func (o *outbox) event(object corev1.ObjectReference, eventType, reason, message
 	}
 }
 
-// flush makes the pending events durable and has them reported.
+// flush makes the pending events durable and has them reported. Nobody who has an
+// event to tell waits for the disk.
 func (o *outbox) flush() {
 	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.flushing = nil
-	if len(o.pending) == 0 {
+	pending := o.pending
+	o.pending, o.flushing = nil, nil
+	o.mu.Unlock()
+	if len(pending) == 0 {
 		return
 	}
-	if err := o.events.PushAll(o.pending); err != nil {
-		o.log.Error("events lost", "count", len(o.pending), "err", err)
+	if err := o.events.PushAll(pending); err != nil {
+		o.log.Error("events lost", "count", len(pending), "err", err)
 	}
-	o.pending = o.pending[:0]
-	o.queued = true
+	o.queued.Store(true)
 	o.signal()
 }
 
@@ -203,8 +204,9 @@ func (o *outbox) SetNode(status edge.NodeStatus) {
 func (o *outbox) Run(ctx context.Context, cloud edge.Cloud) {
 	o.mu.Lock()
 	clear(o.acked)
-	o.nodeSeq, o.queued = 0, true
+	o.nodeSeq = 0
 	o.mu.Unlock()
+	o.queued.Store(true)
 	for {
 		var retry <-chan time.Time
 		if report := o.collect(); len(report.Pods) > 0 || report.Node != nil || len(report.Events) > 0 {
@@ -239,21 +241,8 @@ func (o *outbox) send(ctx context.Context, cloud edge.Cloud, report edge.Report)
 
 // collect is the next report: what has not been confirmed, within its limits.
 func (o *outbox) collect() edge.Report {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	var report edge.Report
-	for _, uid := range slices.Sorted(maps.Keys(o.pods)) {
-		if status := o.pods[uid]; o.acked[uid] < status.Seq && len(report.Pods) < reportPods {
-			report.Pods = append(report.Pods, status)
-		}
-	}
-	slices.SortStableFunc(report.Pods, func(a, b edge.PodStatus) int { // the news before the merely repeated
-		return cmp.Compare(o.acked[b.UID], o.acked[a.UID])
-	})
-	if o.node != nil && o.nodeSeq < o.node.Seq {
-		report.Node = o.node
-	}
-	if !o.queued {
+	report := o.collectState()
+	if !o.queued.Swap(false) {
 		return report
 	}
 	queued, err := o.events.Peek(reportEvents)
@@ -264,28 +253,37 @@ func (o *outbox) collect() edge.Report {
 		q.Event.Seq = q.Seq
 		report.Events = append(report.Events, q.Event)
 	}
-	o.queued = len(queued) > 0
+	if len(queued) > 0 {
+		o.queued.Store(true) // until a look finds none
+	}
 	return report
 }
 
-func (o *outbox) confirm(report edge.Report, ack edge.Ack) time.Duration {
+// collectState is the part of the next report of which only the latest counts.
+func (o *outbox) collectState() edge.Report {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	rest := false
-	for _, status := range report.Pods {
-		seq := min(ack.Pods[status.UID], status.Seq)
-		o.acked[status.UID] = max(o.acked[status.UID], seq)
-		rest = rest || seq < status.Seq
+	var report edge.Report
+	for _, uid := range slices.Sorted(maps.Keys(o.pods)) {
+		if status := o.pods[uid]; o.acked[uid] < status.Seq && len(report.Pods) < reportPods {
+			report.Pods = append(report.Pods, status)
+		}
 	}
-	if report.Node != nil {
-		o.nodeSeq = max(o.nodeSeq, min(ack.Node, report.Node.Seq))
-		rest = rest || ack.Node < report.Node.Seq
+	if o.node != nil && o.nodeSeq < o.node.Seq {
+		report.Node = o.node
 	}
+	return report
+}
+
+// confirm takes note of what has been written, and returns how long to pause.
+func (o *outbox) confirm(report edge.Report, ack edge.Ack) time.Duration {
+	rest := o.confirmState(report, ack)
 	if n := len(report.Events); n > 0 {
 		last := min(ack.Events, report.Events[n-1].Seq)
 		if last >= report.Events[0].Seq {
 			if err := o.events.Ack(last); err != nil {
 				o.log.Error("confirmed events stay queued", "err", err)
+				rest = true // or they would be sent again without a pause
 			}
 		}
 		rest = rest || last < report.Events[n-1].Seq
@@ -297,4 +295,20 @@ func (o *outbox) confirm(report edge.Report, ack edge.Ack) time.Duration {
 		return reportRetry
 	}
 	return 0
+}
+
+// confirmState says whether something of the report's state remains to be written.
+func (o *outbox) confirmState(report edge.Report, ack edge.Ack) (rest bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, status := range report.Pods {
+		seq := min(ack.Pods[status.UID], status.Seq)
+		o.acked[status.UID] = max(o.acked[status.UID], seq)
+		rest = rest || seq < status.Seq
+	}
+	if report.Node != nil {
+		o.nodeSeq = max(o.nodeSeq, min(ack.Node, report.Node.Seq))
+		rest = rest || ack.Node < report.Node.Seq
+	}
+	return rest
 }

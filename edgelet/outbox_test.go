@@ -3,6 +3,7 @@ package edgelet
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"maps"
 	"sync"
@@ -181,6 +182,30 @@ func TestPartlyConfirmedReport(t *testing.T) {
 		last := reports[len(reports)-1]
 		if len(last.Pods) != 1 || last.Pods[0].UID != "stuck" {
 			t.Errorf("what is repeated: %+v", last.Pods)
+		}
+	})
+}
+
+func TestPodsThatCannotBeWrittenHoldUpNoOther(t *testing.T) {
+	inOutbox(t, func(t *testing.T, o *outbox, c *cloud) {
+		c.answer = func(r edge.Report) (edge.Ack, error) {
+			ack, _ := all(r)
+			for uid := range ack.Pods {
+				if uid != "z" {
+					delete(ack.Pods, uid)
+				}
+			}
+			return ack, nil
+		}
+		for i := range 200 {
+			o.PodStatus(status(types.UID(fmt.Sprintf("stuck-%03d", i)), 1))
+		}
+		o.PodStatus(status("z", 1))
+		time.Sleep(5 * time.Second)
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		if o.acked["z"] != 1 {
+			t.Error("a pod's status waits behind those of others")
 		}
 	})
 }
