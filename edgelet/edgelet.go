@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -371,15 +372,20 @@ func (q events) Peek(limit int) ([]queuedEvent, error) {
 }
 
 // objectTables is the desired set in the store: a table for each kind, those of
-// Secrets and tokens sealed.
+// Secrets and tokens sealed. Objects of kinds that only a newer provider knows are
+// kept too, sealed, and mean nothing here: refusing them would refuse the pods
+// that come with them.
 type objectTables struct {
 	db     *store.DB
-	mu     sync.Mutex // guards tables
-	tables map[string]*store.Table[edge.Object]
+	tables map[string]*store.Table[edge.Object] // by kind
+	other  *store.Table[edge.Object]
 }
 
 func newObjectTables(db *store.DB) *objectTables {
-	t := &objectTables{db: db, tables: map[string]*store.Table[edge.Object]{}}
+	t := &objectTables{
+		db: db, tables: map[string]*store.Table[edge.Object]{},
+		other: store.NewSealedTable[edge.Object](db, "sealed/desired/other"),
+	}
 	for _, kind := range []string{edge.KindPod, edge.KindConfigMap, edge.KindServices, edge.KindCluster, edge.KindNode, edge.KindRuntimeClass} {
 		t.tables[kind] = store.NewTable[edge.Object](db, "desired/"+kind)
 	}
@@ -391,15 +397,16 @@ func newObjectTables(db *store.DB) *objectTables {
 
 // All implements objectStore.
 func (t *objectTables) All() (map[string]edge.Object, error) {
-	all := map[string]edge.Object{}
+	all, err := t.other.All()
+	if err != nil {
+		return nil, fmt.Errorf("other kinds: %w", err)
+	}
 	for kind, table := range t.tables {
 		objects, err := table.All()
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", kind, err)
 		}
-		for key, o := range objects {
-			all[key] = o
-		}
+		maps.Copy(all, objects) // over what an older version has kept as another kind
 	}
 	return all, nil
 }
@@ -408,11 +415,7 @@ func (t *objectTables) All() (map[string]edge.Object, error) {
 func (t *objectTables) Write(put map[string]edge.Object, remove []string) error {
 	return t.db.Update(func(tx *store.Tx) error {
 		for key, o := range put {
-			table := t.tables[o.Kind]
-			if table == nil {
-				return fmt.Errorf("%w: kind %q is unknown to this version", edge.ErrInvalid, o.Kind)
-			}
-			if err := table.PutTx(tx, key, o); err != nil {
+			if err := cmp.Or(t.tables[o.Kind], t.other).PutTx(tx, key, o); err != nil {
 				return err
 			}
 		}
@@ -422,9 +425,11 @@ func (t *objectTables) Write(put map[string]edge.Object, remove []string) error 
 				return err
 			}
 			if table := t.tables[key.Kind]; table != nil {
-				if err := table.DeleteTx(tx, name); err != nil {
-					return err
-				}
+				err = table.DeleteTx(tx, name)
+			}
+			// An older version may have kept it as another kind.
+			if err := errors.Join(err, t.other.DeleteTx(tx, name)); err != nil {
+				return err
 			}
 		}
 		return nil

@@ -15,6 +15,7 @@
 //	desired/<kind>              the desired set: <edge.Key> -> edge.Object
 //	sealed/desired/Secret       the same, encrypted
 //	sealed/desired/Token        the same, encrypted
+//	sealed/desired/other        objects of kinds that this version does not know
 //	pods                        <pod UID> -> what the pod engine must remember
 //	outbox                      <pod UID> -> the status that is not acknowledged yet
 //	events                      queue of edge.Event
